@@ -1,0 +1,138 @@
+"""
+Effective rank from additive Gram matrices.
+
+References:
+    .. [Roy2007] Roy and Vetterli, "The effective rank: a measure of effective
+       dimensionality", EUSIPCO 2007.
+"""
+import torch
+
+
+def gram(matrix, side):
+    """
+    Gram matrix of one side, in float64, whatever autocast is active.
+
+    Gram matrices over disjoint rows (``side='columns'``) or disjoint columns
+    (``side='rows'``) of one matrix add up to the Gram matrix of the whole,
+    which is what lets batches and processes be combined exactly.
+
+    Args:
+        matrix (Tensor): of shape (n, m), any floating point type.
+        side (str): 'columns' gives the (m, m) matrix ``A.T @ A``,
+            'rows' gives the (n, n) matrix ``A @ A.T``.
+
+    Returns:
+        Tensor: float64, square. On the CPU if the device has no float64 (MPS).
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._spectrum import gram
+        >>> import torch
+        >>> gram(torch.tensor([[3., 0.], [0., 2.], [4., 0.]]), 'columns').tolist()
+        [[25.0, 0.0], [0.0, 4.0]]
+    """
+    matrix = matrix.detach()
+    if matrix.device.type == 'mps':
+        matrix = matrix.cpu()
+    # Inside autocast a float32 product would become bfloat16. float64 is not
+    # cast today, but nothing promises that.
+    with torch.autocast(matrix.device.type, enabled=False):
+        matrix = matrix.to(torch.float64)
+        return matrix.mT @ matrix if side == 'columns' else matrix @ matrix.mT
+
+
+def smaller_side(matrix):
+    """
+    Name the side of a matrix whose Gram matrix is the smaller one.
+
+    Args:
+        matrix (Tensor): of shape (n, m)
+
+    Returns:
+        str: 'columns' or 'rows', for :func:`gram`.
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._spectrum import smaller_side
+        >>> import torch
+        >>> smaller_side(torch.empty(9, 2)), smaller_side(torch.empty(2, 9))
+        ('columns', 'rows')
+    """
+    return 'columns' if matrix.shape[0] >= matrix.shape[1] else 'rows'
+
+
+def entropy_rank(gram_matrix):
+    """
+    Effective rank of every matrix that has the given Gram matrix [Roy2007]_.
+
+    With singular values s and p = s / sum(s) it is exp(-sum(p log p)), where
+    0 log 0 = 0.
+
+    Args:
+        gram_matrix (Tensor): float64, symmetric, of shape (d, d)
+
+    Returns:
+        Tensor: 0-d float64. 0 for a zero or empty matrix, nan where an entry
+            is not finite.
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._spectrum import entropy_rank
+        >>> import torch
+        >>> round(entropy_rank(torch.eye(4, dtype=torch.float64)).item(), 6)
+        4.0
+        >>> entropy_rank(torch.zeros(3, 3, dtype=torch.float64)).item()
+        0.0
+    """
+    if gram_matrix.numel() == 0:
+        return gram_matrix.new_zeros(())
+    finite = gram_matrix.isfinite().all()
+    # LAPACK may hang or abort on a non-finite number: it never sees one.
+    safe = torch.where(finite, gram_matrix, 0.)
+    # A common factor does not change p, and keeps tiny and huge matrices
+    # inside the range where the solver is accurate.
+    scale = safe.diagonal().max()
+    safe = safe / torch.where(scale > 0, scale, 1.)
+    singular = torch.linalg.eigvalsh(safe).clamp(min=0).sqrt()
+    total = singular.sum()
+    p = singular / torch.where(total > 0, total, 1.)
+    rank = torch.special.entr(p).sum().exp()
+    rank = torch.where(total > 0, rank, 0.)
+    return torch.where(finite, rank, torch.nan)
+
+
+def effective_rank(matrix):
+    """
+    Effective rank of a matrix: how many dimensions it really uses [Roy2007]_.
+
+    Neither centred nor squared: p are the singular values over their sum, and
+    the rank is the exponential of the entropy of p.
+
+    Args:
+        matrix (Tensor): of shape (n, m), floating point. A tensor with more
+            dimensions is taken as a convolution kernel, that is as the matrix
+            (out, in * kh * kw).
+
+    Returns:
+        Tensor: 0-d float64 between 0 (a zero matrix) and min(n, m); nan where
+            an entry is not finite.
+
+    Raises:
+        ValueError: if the tensor has fewer than two dimensions or is not
+            real floating point.
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import effective_rank
+        >>> import torch
+        >>> round(effective_rank(torch.eye(5)).item(), 6)
+        5.0
+        >>> round(effective_rank(torch.ones(5, 3)).item(), 6)
+        1.0
+        >>> effective_rank(torch.zeros(5, 3)).item()
+        0.0
+    """
+    if matrix.ndim < 2 or not matrix.is_floating_point():
+        raise ValueError(
+            'Expected `matrix` to be a floating point tensor with two or more '
+            f'dimensions, but got {matrix.dtype} of shape {tuple(matrix.shape)}')
+    if matrix.numel() == 0:
+        return matrix.new_zeros((), dtype=torch.float64)
+    matrix = matrix.detach().flatten(1)
+    return entropy_rank(gram(matrix, smaller_side(matrix)))
