@@ -10,7 +10,7 @@ import subprocess
 import sys
 
 PACKAGE = 'geowatch.utils.lightning_ext.callbacks'
-DOCTESTED = [f'{PACKAGE}.plasticity'] + [
+DOCTESTED = ['geowatch.cli.fit', f'{PACKAGE}.plasticity'] + [
     f'{PACKAGE}.plasticity_metrics.{name}' for name in (
         '_activations', '_result', '_schedule', '_spectrum', 'dead_units', 'erank',
         'feature_erank', 'grad_mag', 'weight_mag')

@@ -23,6 +23,7 @@ setup(
     python_requires='>=3.10',
     # Namespace packages throughout: an __init__.py of the host is the host's.
     packages=[
+        'geowatch.cli.fit',
         'geowatch.utils.lightning_ext.callbacks',
         'geowatch.utils.lightning_ext.callbacks.plasticity_metrics',
     ],

@@ -193,10 +193,15 @@ class PlasticityMonitor(*_BASES):
         for name in self._due_for('weights'):
             self._pending[name] = self._metrics[name].statistics(self._weights(pl_module))
         ready = self._due_for('weights') + self._due_for('gradients')
-        if self._stage == 'train' and (self._examples >= self.samples or trainer.is_last_batch):
+        if self._stage == 'train' and self._examples >= self.samples:
             ready += self._close_window()
         self._publish(trainer, ready)
         self._due = set()
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        if self._enabled and self._stage == 'train':
+            # The step of the last batch: the counter is one ahead by now.
+            self._publish(trainer, self._close_window(), behind=1)
 
     def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
         if self._enabled and self._stage == 'validation' and not trainer.sanity_checking:
@@ -259,7 +264,7 @@ class PlasticityMonitor(*_BASES):
             self._pending[name] = {names[site]: s for site, s in stats.items()}
         return ready
 
-    def _publish(self, trainer, ready):
+    def _publish(self, trainer, ready, behind=0):
         """ Compute, move all numbers to the host at once, hand them out. """
         results = {}
         for name in ready:
@@ -275,7 +280,7 @@ class PlasticityMonitor(*_BASES):
         flat += [x for _, result in results.values() for layer in result.layers.values() for x in layer.values()]
         numbers = iter(torch.stack([x.double() for x in flat]).tolist())
         values = {tag: next(numbers) for tag in results}
-        step = trainer.fit_loop.epoch_loop._batches_that_stepped
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped - behind
         scalars = {f'plasticity/{tag}': value for tag, value in values.items()}
         trainer.callback_metrics.update({tag: torch.tensor(value) for tag, value in scalars.items()})
         lines = []

@@ -1,0 +1,152 @@
+"""
+`geowatch fit`: trains a fusion model, with plasticity metrics if asked.
+
+Python prefers a package to a module of the same name, so that this package
+stands before the host's ``geowatch/cli/fit.py`` while it is installed.
+"""
+import sys
+
+import scriptconfig as scfg
+import ubelt as ub
+
+CALLBACK = 'geowatch.utils.lightning_ext.callbacks.plasticity.PlasticityMonitor'
+PREFIX = 'plasticity_'
+
+
+class FitCLI(scfg.DataConfig):
+    """
+    Train a fusion model.
+
+    All arguments but those listed here go untouched to the fusion CLI; see
+    ``python -m geowatch.tasks.fusion fit --help`` for them.
+
+    Example:
+        >>> from geowatch.cli.fit import FitCLI
+        >>> args = ['--config=a.yaml', '--plasticity_metrics', 'erank', '--trainer.max_steps=4']
+        >>> config, fusion_args = FitCLI.parse(args)
+        >>> fusion_args[:2]
+        ['--config=a.yaml', '--trainer.max_steps=4']
+        >>> print('\\n'.join(config.callback_args()))
+        --trainer.callbacks+=geowatch.utils.lightning_ext.callbacks.plasticity.PlasticityMonitor
+        --trainer.callbacks.metrics=erank
+    """
+    __command__ = 'fit'
+    __alias__ = ['fusion_fit']
+    __epilog__ = ub.codeblock(
+        '''
+        example:
+          geowatch fit --config=train.yaml --plasticity_metrics=weight_mag,erank@epoch
+        ''')
+
+    plasticity_metrics = scfg.Value(None, type=str, help=ub.paragraph(
+        '''
+        what to measure: 'all', or names separated by commas of weight_mag,
+        grad_mag, dead_units, erank, feature_erank, each with its own interval
+        or none, as in weight_mag@1,erank@epoch
+        '''))
+    plasticity_interval = scfg.Value(None, type=str, help=ub.paragraph(
+        '''
+        how often: a number of optimizer steps, 'epoch', a duration such as
+        '5 minutes', or 'auto'
+        '''))
+    plasticity_source = scfg.Value(None, type=str, help=(
+        "where activations are seen: 'validation', 'train', or 'auto'"))
+    plasticity_samples = scfg.Value(None, type=str, help='examples per activation measurement')
+    plasticity_layers = scfg.Value(None, type=str, help='patterns of layer names, separated by commas')
+    plasticity_per_layer = scfg.Value(None, isflag=True, help='log every layer to TensorBoard too')
+
+    def argparse(self, parser=None, **kwargs):
+        parser = super().argparse(parser, **kwargs)
+        parse_ours = parser.parse_known_args
+
+        def parse_known_args(args=None, namespace=None):
+            ours, fusion_args = _split(sys.argv[1:] if args is None else args)
+            namespace, unknown = parse_ours(ours, namespace)
+            namespace.fusion_args = fusion_args
+            return namespace, unknown
+
+        parser.parse_known_args = parse_known_args
+        return parser
+
+    @classmethod
+    def parse(cls, args=None):
+        """
+        Separate our flags from the fusion CLI's.
+
+        Args:
+            args (List[str] | None): defaults to those of the process
+
+        Returns:
+            Tuple[FitCLI, List[str]]: our flags, and what is not ours
+        """
+        values = vars(cls().argparse().parse_args(args))
+        fusion_args = values.pop('fusion_args')
+        return cls(**values), fusion_args
+
+    def callback_args(self):
+        """
+        Arguments of the fusion CLI that add the callback.
+
+        Returns:
+            List[str]: empty if no plasticity flag is given
+
+        Raises:
+            ValueError: if a flag cannot be read
+        """
+        given = {key.removeprefix(PREFIX): value for key, value in self.items() if value is not None}
+        if not given:
+            return []
+        if 'samples' in given:
+            try:
+                given['samples'] = int(given['samples'])
+            except ValueError:
+                pass  # the callback says what it expected
+        from geowatch.utils.lightning_ext.callbacks.plasticity import PlasticityMonitor
+        PlasticityMonitor(**given)
+        return [f'--trainer.callbacks+={CALLBACK}',
+                *(f'--trainer.callbacks.{key}={value}' for key, value in given.items())]
+
+    @classmethod
+    def main(cls, cmdline=1, **kwargs):
+        """
+        Train.
+
+        Args:
+            cmdline (bool | List[str]): whether to read the command line
+            **kwargs: values of the flags; ``fusion_args`` are those of the
+                fusion CLI.
+        """
+        if cmdline:
+            config, fusion_args = cls.parse(cmdline if isinstance(cmdline, list) else None)
+        else:
+            fusion_args = kwargs.pop('fusion_args', [])
+            config = cls(**kwargs)
+        try:
+            args = ['fit', *fusion_args, *config.callback_args()]
+        except ValueError as ex:
+            cls().argparse().error(str(ex))
+        try:
+            from geowatch.tasks.fusion import fit_lightning
+        except ImportError as ex:
+            sys.exit(f'geowatch fit needs geowatch, which cannot be imported ({ex}). '
+                     "Install it with: pip install 'geowatch-plasticity[geowatch]'")
+        # Its result is no exit status: the `geowatch` script would exit with 1.
+        fit_lightning.main(config=args)
+
+
+def _split(args):
+    """ Our arguments, with the values that follow them, and all others. """
+    ours, others = [], []
+    takes_value = False
+    for arg in args:
+        is_ours = arg.startswith((f'--{PREFIX}', f'--no-{PREFIX}')) or arg in {'-h', '--help'}
+        if is_ours or (takes_value and not arg.startswith('-')):
+            ours.append(arg)
+        else:
+            others.append(arg)
+        takes_value = is_ours and '=' not in arg
+    return ours, others
+
+
+__cli__ = FitCLI
+main = FitCLI.main

@@ -1,0 +1,3 @@
+from geowatch.cli.fit import main
+
+main()
