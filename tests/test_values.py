@@ -1,92 +1,39 @@
 """
 Values of a real run against an independent computation.
 """
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
-import pytorch_lightning as pl
 import torch
-from torch.utils.data import DataLoader
+from common import TAGS, fit, last, make_net, matrices, mean_abs, numpy_erank
 
 from geowatch.utils.lightning_ext.callbacks.plasticity import PlasticityMonitor
 from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import effective_rank
 
 
-class Net(pl.LightningModule):
-    def __init__(self):
-        super().__init__()
-        self.fc1 = torch.nn.Linear(8, 16)
-        self.act = torch.nn.ReLU()
-        self.fc2 = torch.nn.Linear(16, 12)
-        self.head = torch.nn.Linear(12, 1)
-
-    def forward(self, x):
-        return self.head(torch.relu(self.fc2(self.act(self.fc1(x)))))
-
-    def training_step(self, batch, batch_idx):
-        return self(batch).square().mean()
-
-    def validation_step(self, batch, batch_idx):
-        self.log('val_loss', self(batch).square().mean())
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-def fit(tmp_path, monitor, net=None, validate=True, **kwargs):
-    torch.manual_seed(0)
-    net = net or Net()
-    trainer = pl.Trainer(default_root_dir=tmp_path, callbacks=[monitor], accelerator='cpu',
-                         enable_progress_bar=False, enable_model_summary=False,
-                         **{'max_epochs': 2, **kwargs})
-    data = torch.randn(37, 8)
-    trainer.fit(net, DataLoader(data, batch_size=8), DataLoader(data, batch_size=10) if validate else None)
-    lines = [json.loads(line) for line in (Path(trainer.log_dir) / 'plasticity.jsonl').read_text().splitlines()]
-    return net, trainer, lines, data
-
-
-def numpy_erank(matrix):
-    s = np.linalg.svd(np.asarray(matrix, dtype=np.float64), compute_uv=False)
-    p = s / s.sum()
-    p = p[p > 0]
-    return float(np.exp(-(p * np.log(p)).sum()))
-
-
-def last(lines, metric):
-    return [line for line in lines if line['metric'] == metric][-1]
-
-
 @pytest.mark.parametrize('source', ['validation', 'train'])
 def test_all_metrics_run(tmp_path, source):
     _, trainer, lines, _ = fit(tmp_path, PlasticityMonitor(interval=1, source=source, samples=20))
-    assert {line['metric'] for line in lines} == {
-        'weight_mag', 'grad_mag', 'grad_norm', 'dead_units', 'erank', 'feature_erank'}
+    assert {line['metric'] for line in lines} == set(TAGS)
     assert {f'plasticity/{line["metric"]}' for line in lines} <= set(trainer.callback_metrics)
 
 
 def test_weights_equal_numpy(tmp_path):
     net, _, lines, _ = fit(tmp_path, PlasticityMonitor('weight_mag@1,erank@1'))
-    weights = {n.removesuffix('.weight'): p.detach().numpy() for n, p in net.named_parameters() if p.ndim >= 2}
+    weights = matrices(net)
     assert len(weights) == 3
-    line = last(lines, 'weight_mag')
-    expected = sum(np.abs(w).sum(dtype=np.float64) for w in weights.values()) / sum(w.size for w in weights.values())
-    assert line['value'] == pytest.approx(expected, rel=1e-6)
+    assert last(lines, 'weight_mag')['value'] == pytest.approx(mean_abs(weights), rel=1e-6)
     line = last(lines, 'erank')
+    assert set(line['layers']) == set(weights)
     for name, weight in weights.items():
         assert line['layers'][name]['value'] == pytest.approx(numpy_erank(weight), rel=1e-6)
     assert line['value'] == pytest.approx(np.mean([numpy_erank(w) for w in weights.values()]), rel=1e-6)
 
 
 def test_features_and_dead_units_equal_numpy(tmp_path):
-    net = Net()
-    with torch.no_grad():
-        net.fc1.bias[:5] = -100
+    net = make_net(dead=5)
     net, _, lines, data = fit(tmp_path, PlasticityMonitor('dead_units,feature_erank'), net, max_epochs=1)
     with torch.no_grad():
-        first = net.act(net.fc1(data))
-        second = torch.relu(net.fc2(first))
+        first, second = net.features(data)
     dead = [int((x == 0).all(0).sum()) for x in (first, second)]
     assert dead[0] >= 5
     line = last(lines, 'dead_units')

@@ -8,12 +8,11 @@ over the weights that :mod:`.weight_mag` measures, as the optimizer will see
 them before clipping: accumulated, reduced over processes, unscaled. A weight
 that has no gradient in a step is left out of that step.
 """
-import torch
+from ._metric import Metric, Result, column, ratio_of_sums
+from ._sums import sums
 
-from ._result import Result, float64_sum_abs, total
 
-
-class GradMag:
+class GradMag(Metric):
     """
     Mean absolute gradient and global gradient norm.
 
@@ -33,39 +32,17 @@ class GradMag:
     looks_at = 'gradients'
     dear = False
 
-    def statistics(self, gradients):
-        """
-        Additive statistics of every gradient.
+    def __init__(self):
+        self._cache = {}
 
-        Args:
-            gradients (Dict[str, Tensor]): layer name to gradient, any shape
-
-        Returns:
-            Dict[str, Dict[str, Tensor]]: layer name to 0-d float64 sums
-        """
-        stats = {}
-        for name, grad in gradients.items():
-            norm = torch.linalg.vector_norm(grad.detach(), 2, dtype=torch.float64)
-            stats[name] = {
-                'abs': float64_sum_abs(grad),
-                'squared': norm.square(),
-                'count': torch.tensor(float(grad.numel()), dtype=torch.float64),
-            }
-        return stats
+    def statistics(self, tensors):
+        """ See :class:`Metric`; fields 'count', 'abs' and 'squares'. """
+        return sums(tensors, self._cache, squares=True)
 
     def compute(self, stats):
-        """
-        Values from statistics.
-
-        Args:
-            stats (Dict[str, Dict[str, Tensor]]): see :func:`statistics`
-
-        Returns:
-            Dict[str, Result]: for each tag
-        """
-        mags = {name: {'value': s['abs'] / s['count']} for name, s in stats.items()}
-        norms = {name: {'value': s['squared'].sqrt()} for name, s in stats.items()}
-        return {
-            'grad_mag': Result(total(stats, 'abs') / total(stats, 'count'), mags),
-            'grad_norm': Result(total(stats, 'squared').sqrt(), norms),
-        }
+        """ See :class:`Metric`. """
+        total, squares, count = (column(stats, field) for field in ('abs', 'squares', 'count'))
+        norm = ratio_of_sums(squares, count / count.sum()).sqrt() if len(stats) > 1 else squares.sum().sqrt()
+        names = list(stats)
+        return {'grad_mag': Result(ratio_of_sums(total, count), names, {'value': total / count}),
+                'grad_norm': Result(norm, names, {'value': squares.sqrt()})}

@@ -10,12 +10,11 @@ References:
     .. [Dohare2024] Dohare et al., "Loss of plasticity in deep continual
        learning", Nature 632, 768, 2024; arXiv 2306.13812, section 4.
 """
-import torch
+from ._metric import Metric, Result, column, ratio_of_sums
+from ._sums import sums
 
-from ._result import Result, float64_sum_abs, total
 
-
-class WeightMag:
+class WeightMag(Metric):
     """
     Mean absolute weight, of each layer and of the network [Dohare2024]_.
 
@@ -27,39 +26,22 @@ class WeightMag:
         >>> metric = WeightMag()
         >>> weights = {'a': torch.tensor([[1., -3.]]), 'b': torch.zeros(3, 2)}
         >>> result = metric.compute(metric.statistics(weights))['weight_mag']
-        >>> float(result.value), float(result.layers['a']['value'])
-        (0.5, 2.0)
+        >>> float(result.value), result.names, result.columns['value'].tolist()
+        (0.5, ['a', 'b'], [2.0, 0.0])
     """
     name = 'weight_mag'
     tags = ('weight_mag',)
     looks_at = 'weights'
     dear = False
 
-    def statistics(self, weights):
-        """
-        Additive statistics of every weight.
+    def __init__(self):
+        self._cache = {}
 
-        Args:
-            weights (Dict[str, Tensor]): layer name to weight, any shape
-
-        Returns:
-            Dict[str, Dict[str, Tensor]]: layer name to 0-d float64 sums
-        """
-        return {
-            name: {'abs': float64_sum_abs(weight),
-                   'count': torch.tensor(float(weight.numel()), dtype=torch.float64)}
-            for name, weight in weights.items()
-        }
+    def statistics(self, tensors):
+        """ See :class:`Metric`; fields 'count' and 'abs'. """
+        return sums(tensors, self._cache)
 
     def compute(self, stats):
-        """
-        Values from statistics.
-
-        Args:
-            stats (Dict[str, Dict[str, Tensor]]): see :func:`statistics`
-
-        Returns:
-            Dict[str, Result]: for each tag
-        """
-        layers = {name: {'value': s['abs'] / s['count']} for name, s in stats.items()}
-        return {'weight_mag': Result(total(stats, 'abs') / total(stats, 'count'), layers)}
+        """ See :class:`Metric`. """
+        total, count = column(stats, 'abs'), column(stats, 'count')
+        return {'weight_mag': Result(ratio_of_sums(total, count), list(stats), {'value': total / count})}

@@ -1,0 +1,158 @@
+"""
+The weights of a network, and the part of each that this process holds.
+"""
+import torch
+from torch.nn.parameter import is_lazy
+
+_WRAPPERS = {'_orig_mod', '_fsdp_wrapped_module', '_checkpoint_wrapped_module', '_forward_module'}
+
+
+def clean_name(name):
+    """
+    A parameter's or module's name without the prefixes of wrappers.
+
+    Args:
+        name (str): as ``named_parameters`` gives it
+
+    Returns:
+        str:
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._weights import clean_name
+        >>> clean_name('_forward_module.net._orig_mod.0._fsdp_wrapped_module.weight')
+        'net.0.weight'
+        >>> clean_name('fc.parametrizations.weight.original')
+        'fc.weight'
+    """
+    name = name.replace('.parametrizations.weight.original', '.weight') if name.endswith('.original') else name
+    return '.'.join(part for part in name.split('.') if part not in _WRAPPERS)
+
+
+def weights_of(model):
+    """
+    The weights: trainable, floating point, two or more dimensions.
+
+    Biases and norm scales have one dimension and are left out; a tied weight
+    is there once.
+
+    Args:
+        model (torch.nn.Module):
+
+    Returns:
+        Dict[str, torch.nn.Parameter]: name of the layer to its weight
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._weights import weights_of
+        >>> import torch
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
+        >>> {name: tuple(weight.shape) for name, weight in weights_of(net).items()}
+        {'0': (4, 3, 3, 3)}
+    """
+    return {clean_name(name).removesuffix('.weight'): param
+            for name, param in model.named_parameters() if why_not_a_weight(param) is None}
+
+
+def why_not_a_weight(param):
+    """
+    Why a parameter is not measured.
+
+    Args:
+        param (torch.nn.Parameter):
+
+    Returns:
+        str | None: None if it is measured
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._weights import why_not_a_weight
+        >>> import torch
+        >>> why_not_a_weight(torch.nn.Parameter(torch.ones(3)))
+        'biases and scales'
+        >>> why_not_a_weight(torch.nn.Parameter(torch.ones(3, 3), requires_grad=False))
+        'frozen'
+    """
+    if is_lazy(param):
+        return 'without a shape yet'
+    if param.ndim < 2:
+        return 'biases and scales'
+    if not param.is_floating_point():
+        return 'not floating point'
+    if not param.requires_grad:
+        return 'frozen'
+    if param.is_meta:
+        return 'on the meta device'
+    if param.layout is not torch.strided or not param.numel():
+        return 'sparse or empty'
+    return None
+
+
+def is_sharded(tensor):
+    """
+    Whether other processes hold parts of the tensor.
+
+    Args:
+        tensor (Tensor):
+
+    Returns:
+        bool: True for a DTensor, as FSDP2 and tensor parallelism make them
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._weights import is_sharded
+        >>> import torch
+        >>> is_sharded(torch.ones(2))
+        False
+    """
+    return hasattr(tensor, 'placements') and hasattr(tensor, 'to_local')
+
+
+def local_part(tensor):
+    """
+    What this process holds of a tensor, never gathered, and its share.
+
+    Sums over all processes of ``share * sum over part`` are those of the whole
+    tensor: a part that k processes hold alike has a share of 1 / k.
+
+    Args:
+        tensor (Tensor): a plain one, a DTensor, or a sparse one
+
+    Returns:
+        Tuple[Tensor, float]: part and share. Of a sparse tensor the part is
+            its coalesced values.
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._weights import local_part
+        >>> import torch
+        >>> part, share = local_part(torch.ones(2, 3))
+        >>> tuple(part.shape), share
+        ((2, 3), 1.0)
+    """
+    tensor, share = tensor.detach(), 1.
+    if is_sharded(tensor):
+        mesh = tensor.device_mesh
+        for size, placement in zip(mesh.shape, tensor.placements, strict=True):
+            share /= size if placement.is_replicate() else 1
+        tensor = tensor.to_local()
+    if tensor.layout is torch.sparse_coo:
+        tensor = tensor.coalesce().values()
+    elif tensor.layout is not torch.strided:
+        tensor = tensor.values()
+    return tensor, share
+
+
+def sharded_axis(tensor):
+    """
+    The one axis on which a tensor is split over processes.
+
+    Args:
+        tensor (Tensor):
+
+    Returns:
+        int | None: None if it is not split, or on more than one axis
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._weights import sharded_axis
+        >>> import torch
+        >>> sharded_axis(torch.ones(2, 3)) is None
+        True
+    """
+    axes = {p.dim % tensor.ndim for p in getattr(tensor, 'placements', ()) if p.is_shard()}
+    return axes.pop() if len(axes) == 1 else None

@@ -1,0 +1,356 @@
+"""
+From measurements to a table of trends, and to sentences about what is worth a look.
+"""
+import dataclasses
+import itertools
+import math
+
+from .scalars import find_scalar
+from .settings import compared_settings
+from .words import METRICS, describe, in_order
+
+
+@dataclasses.dataclass
+class Trend:
+    """
+    Where a curve began, where it ended, and which way it went.
+
+    Attributes:
+        start (float | None): first finite value
+        end (float | None): last finite value
+        word (str): 'rises', 'falls', 'steady', 'up and down', 'one point' or 'no data'
+        points (int): how many measurements, non-finite ones included
+        broke_at (int | None): first step with a non-finite value
+    """
+    start: float | None
+    end: float | None
+    word: str
+    points: int
+    broke_at: int | None = None
+
+
+def trend(steps, values, percent=False):
+    """
+    Summarize a curve.
+
+    The direction is that of Kendall's rank correlation with time, so that
+    neither noise nor one outlier makes a trend, and a change below 5 percent
+    (one point for fractions) counts as none.
+
+    Args:
+        steps (List[int]): in order
+        values (List[float]): nan where not finite
+        percent (bool): the values are fractions
+
+    Returns:
+        Trend: its summary
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_report.findings import trend
+        >>> trend([0, 10, 20], [59.0, 40.0, 24.0])
+        Trend(start=59.0, end=24.0, word='falls', points=3, broke_at=None)
+        >>> trend([0, 10, 20], [1.0, float('nan'), float('nan')])
+        Trend(start=1.0, end=1.0, word='one point', points=3, broke_at=10)
+    """
+    finite = [value for value in values if math.isfinite(value)]
+    broke_at = next((step for step, value in zip(steps, values, strict=True) if not math.isfinite(value)), None)
+    if not finite:
+        return Trend(None, None, 'no data', len(values), broke_at)
+    word = 'one point' if len(finite) == 1 else _direction(bin_means(finite, 100), percent)
+    return Trend(finite[0], finite[-1], word, len(values), broke_at)
+
+
+def _direction(values, percent):
+    fifth = max(1, len(values) // 5)
+    first, last = sum(values[:fifth]) / fifth, sum(values[-fifth:]) / fifth
+    small = 0.01 if percent else 0.05 * max(abs(first), abs(last))
+    if abs(last - first) <= small:
+        return 'up and down' if max(values) - min(values) > 5 * small else 'steady'
+    pairs = [(values[j] > values[i]) - (values[j] < values[i]) for j in range(len(values)) for i in range(j)]
+    correlation = sum(pairs) / len(pairs)
+    if abs(correlation) < 0.3 or (correlation > 0) != (last > first):
+        return 'up and down'
+    return 'rises' if last > first else 'falls'
+
+
+def bin_means(values, count):
+    """
+    Shorten a curve to means of neighbours.
+
+    Args:
+        values (List[float]): nan and inf are left out of the means
+        count (int): the most to return
+
+    Returns:
+        List[float]: nan where a bin has no finite value
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_report.findings import bin_means
+        >>> bin_means([1., 3., 5., 7.], 2)
+        [2.0, 6.0]
+    """
+    if len(values) <= count:
+        return list(values)
+    edges = [round(i * len(values) / count) for i in range(count + 1)]
+    means = []
+    for low, high in itertools.pairwise(edges):
+        finite = [value for value in values[low:high] if math.isfinite(value)]
+        means.append(sum(finite) / len(finite) if finite else math.nan)
+    return means
+
+
+def running_mean(values):
+    """
+    The course of a noisy curve: means over a fifteenth of its length.
+
+    Args:
+        values (List[float]): nan and inf are left out of the means
+
+    Returns:
+        List[float] | None: as many values, or None where the curve is short or smooth enough to be seen as it is
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_report.findings import running_mean
+        >>> running_mean([0.0, 5.0] * 31)[28:31], running_mean([0.0, 5.0])
+        ([2.0, 3.0, 2.0], None)
+    """
+    if len(values) <= 60:
+        return None
+    half = len(values) // 30
+    windows = [[v for v in values[max(0, i - half):i + half + 1] if math.isfinite(v)] for i in range(len(values))]
+    # Where there is no value there is a gap, also if its neighbours have some.
+    means = [sum(window) / len(window) if math.isfinite(value) else math.nan
+             for value, window in zip(values, windows, strict=True)]
+    finite = [mean for mean in means if math.isfinite(mean)]
+    noise = [abs(value - mean) for value, mean in zip(values, means, strict=True) if math.isfinite(value)]
+    smooth = not finite or sum(noise) / len(noise) <= 0.03 * (max(finite) - min(finite))
+    return None if smooth else means
+
+
+@dataclasses.dataclass
+class Table:
+    """
+    Attributes:
+        runs (List[Run]): the rows
+        settings (Dict[str, list]): title to one value per run
+        trends (List[Dict[str, Trend]]): per run, by metric
+        under (str | None): the scalar that is drawn under each metric
+        under_trends (List[Trend | None]): per run
+    """
+    runs: list
+    settings: dict
+    trends: list
+    under: str | None
+    under_trends: list
+
+    def labels(self):
+        """ Names of runs with the settings in which they differ, where the name does not hold them. """
+        differing = {title: values for title, values in self.settings.items() if len(set(map(str, values))) > 1}
+        labels = []
+        for i, run in enumerate(self.runs):
+            extra = [_setting(title, values[i]) for title, values in list(differing.items())[:3]
+                     if values[i] is not None and str(values[i]) not in run.name]
+            labels.append(f'{run.name} ({", ".join(extra)})' if extra else run.name)
+        return labels
+
+    def signs(self, i):
+        """ The metrics of run i that moved far from where they began. """
+        return [name for name in METRICS if name in self.trends[i] and _is_sign(name, self.trends[i][name])]
+
+
+def _is_sign(name, trend):
+    return trend.word in ('rises', 'falls') and describe(name).is_sign(trend.start, trend.end)
+
+
+def _setting(title, value):
+    short = {'learning rate': 'lr', 'batch size': 'batch'}.get(title, title)
+    return str(value) if title == 'optimizer' else f'{short} {value:g}' if _is_number(value) else f'{short} {value}'
+
+
+def _is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def make_table(runs, under=None):
+    """
+    Summarize all curves of all runs.
+
+    Args:
+        runs (List[Run]): with their scalars, if `under` is given
+        under (str | None): name of the scalar that belongs into the table
+
+    Returns:
+        Table: what the report and the programs read
+    """
+    trends = [{name: trend([p.step for p in points], [p.value for p in points], describe(name).percent)
+               for name, points in run.metrics.items()} for run in runs]
+    scalars = [find_scalar(run, under) if under else None for run in runs]
+    return Table(runs, compared_settings(runs), trends, under,
+                 [trend(list(s), list(s.values())) if s else None for s in scalars])
+
+
+@dataclasses.dataclass
+class Finding:
+    """
+    Attributes:
+        kind (str): 'sign' of lost plasticity, 'broken', 'calm', or 'data' about what was measured
+        run (str): label of the run that it is about, or nothing
+        text (str): with the numbers
+        why (str): the reason, or nothing
+    """
+    kind: str
+    run: str
+    text: str
+    why: str = ''
+
+    @property
+    def sentence(self):
+        return f'{self.run}: {self.text}' if self.run else self.text
+
+
+def find(table):
+    """
+    Say what is worth a look.
+
+    Args:
+        table (Table): of the runs
+
+    Returns:
+        List[Finding]: what broke, then runs with the most signs, then the calm ones, then notes on the data
+    """
+    labels = table.labels()
+    signs = [table.signs(i) for i in range(len(table.runs))]
+    findings = [_broken(label, trends) for label, trends in zip(labels, table.trends, strict=True)]
+    for i in sorted(range(len(labels)), key=lambda i: -len(signs[i])):
+        if signs[i]:
+            findings.append(_signs(table, labels, signs, i))
+    findings += _calm(table, labels, [i for i in range(len(labels)) if not signs[i] and not findings[i]])
+    return [f for f in findings if f] + _about_data(table, labels)
+
+
+def _broken(label, trends):
+    broken = [f'{describe(name).short} from step {t.broke_at}' for name, t in trends.items() if t.broke_at is not None]
+    if broken:
+        return Finding('broken', label, f'not a finite number: {", ".join(broken)}.',
+                       'Values that overflow or are not a number mean that training has diverged there, '
+                       'or that the metric could not be computed.')
+
+
+def _moved(name, trend):
+    words = describe(name)
+    return f'{words.short} {words.text(trend.start)} -> {words.text(trend.end)}'
+
+
+def _signs(table, labels, signs, i):
+    parts = [_moved(name, table.trends[i][name]) + _worst_layer(table.runs[i], name) for name in signs[i]]
+    text = f'{", ".join(parts)}.'
+    if table.under_trends[i] is not None and table.under_trends[i].start is not None:
+        text += f' Meanwhile {_moved(table.under, table.under_trends[i])}.'
+    others = [j for j in range(len(labels)) if j != i and all(name in table.trends[j] for name in signs[i])]
+    clear = [labels[j] for j in others if not set(signs[i]) & set(signs[j])]
+    if clear:
+        one, many = {1: ('does not show this', 'do not show this'), 2: ('shows neither', 'show neither')}.get(
+            len(signs[i]), ('shows none of these', 'show none of these'))
+        text += f' {_some(clear)} {one if len(clear) == 1 else many}.'
+    elif others and all(set(signs[i]) <= set(signs[j]) for j in others):
+        text += ' The other runs show the same.'
+    return Finding('sign', labels[i], text, ' '.join(describe(name).why for name in signs[i]))
+
+
+def _some(labels):
+    """ A few of them by name. """
+    named, rest = (labels, []) if len(labels) <= 3 else (labels[:2], labels[2:])
+    named = [*named, f'{len(rest)} more'] if rest else named
+    return named[0] if len(named) == 1 else f'{", ".join(named[:-1])} and {named[-1]}'
+
+
+def _worst_layer(run, name):
+    """ The layer that moved most, if there are several. """
+    words, moves = describe(name), []
+    first, last = run.metrics[name][0].layers, {}
+    for point in run.metrics[name]:
+        last.update({layer: value for layer, value in point.layers.items() if math.isfinite(value)})
+    for layer, start in first.items():
+        end = last.get(layer, math.nan)
+        if math.isfinite(start) and math.isfinite(end):
+            change = abs(end - start) if words.percent else abs(math.log((end or 1e-12) / start)) if start > 0 else 0
+            moves.append((change, layer, start, end))
+    if len(moves) < 2:
+        return ''
+    _, layer, start, end = max(moves)
+    return f' (most in {layer}: {words.text(start)} -> {words.text(end)})'
+
+
+def _calm(table, labels, calm):
+    moves = {}
+    for i in calm:
+        shown = [(name, t) for name, t in table.trends[i].items()
+                 if name in METRICS and describe(name).rule and t.word not in ('one point', 'no data')]
+        if shown:
+            moves[labels[i]] = ', '.join(_moved(name, t) for name, t in shown)
+    if len(moves) > 4:
+        return [Finding('calm', _some(list(moves)), 'nothing moved far from its own start.')]
+    return [Finding('calm', label, f'nothing moved far from its own start ({text}).') for label, text in moves.items()]
+
+
+def _about_data(table, labels):
+    runs, notes = table.runs, {}
+
+    def note(label, text, why=''):
+        notes.setdefault((text, why), []).append(label)
+
+    names = in_order(runs)
+    for label, run, trends in zip(labels, runs, table.trends, strict=True):
+        single = [describe(name).short for name, t in trends.items() if t.word == 'one point' and t.points == 1]
+        if single:
+            note(label, f'one measurement of {", ".join(single)}, so that no trend can be told.')
+        missing = [describe(name).short for name in names if name not in run.metrics]
+        if missing:
+            note(label, f'{", ".join(missing)} not measured.')
+        for text in run.notes:
+            note(label, f'{text}.')
+    ends = [run.epochs[1] for run in runs if run.epochs]
+    for label, run in zip(labels, runs, strict=True):
+        if run.epochs and run.epochs[1] < max(ends):
+            note(label, f'ends in epoch {run.epochs[1]}, where another goes on to epoch {max(ends)}.',
+                 'It is still going, was stopped early, or crashed.')
+    for name in ('dead_units', 'feature_erank'):
+        samples = {run.metrics[name][-1].samples for run in runs if name in run.metrics} - {None}
+        if len(samples) > 1:
+            note('', f'{describe(name).title}: measured on different numbers of samples '
+                 f'({", ".join(map(str, sorted(samples)))}), so that runs are compared better by their change.',
+                 'More samples find fewer dead units and more dimensions.')
+    for name in names:
+        layers = [tuple(run.metrics[name][-1].layers) for run in runs if name in run.metrics]
+        if len(set(layers)) > 1:
+            note('', 'The runs measured different layers, so that they are compared better by their change.')
+            break
+    return [Finding('data', 'All runs' if len(about) == len(labels) > 1 else _some(about), text, why)
+            for (text, why), about in notes.items()]
+
+
+def to_records(table):
+    """
+    The table for programs.
+
+    Args:
+        table (Table): of the runs
+
+    Returns:
+        List[Dict[str, object]]: one flat record per run; None where a number is missing
+    """
+    records = []
+    names = in_order(table.runs)
+    for i, run in enumerate(table.runs):
+        record = {'run': run.name, 'folder': str(run.folders[-1]), 'last_step': run.last_step,
+                  'last_epoch': run.epochs and run.epochs[1]}
+        record.update({title: values[i] for title, values in table.settings.items()})
+        columns = [(name, table.trends[i].get(name)) for name in names]
+        columns += [(table.under, table.under_trends[i])] if table.under else []
+        for name, t in columns:
+            t = t or Trend(None, None, 'no data', 0)
+            record.update({f'{name}.start': t.start, f'{name}.end': t.end, f'{name}.trend': t.word,
+                           f'{name}.points': t.points, f'{name}.not_finite_from': t.broke_at})
+        record['signs'] = table.signs(i)
+        records.append(record)
+    return records

@@ -1,0 +1,245 @@
+"""
+Reads the measurements of runs from disk, and puts runs together from their parts.
+
+Everything here takes files as they are: of a run that still writes, that
+crashed in the middle of a line, or that was resumed from an older checkpoint.
+"""
+import dataclasses
+import glob
+import json
+import math
+import re
+from pathlib import Path
+
+from .settings import read_settings
+
+MEASUREMENTS = 'plasticity.jsonl'
+# Parts of a path that say nothing about a run.
+GENERIC = re.compile(r'lightning_logs|version_\d+')
+
+
+class ReportError(Exception):
+    """ What the user should read as one line. """
+
+
+@dataclasses.dataclass
+class Point:
+    """ One measurement of one metric. """
+    step: int
+    epoch: int | None
+    value: float
+    samples: int | None
+    layers: dict
+
+
+@dataclasses.dataclass
+class Run:
+    """
+    One run, put together from its parts.
+
+    Attributes:
+        folders (List[Path]): log folders, in the order in which they were written
+        metrics (Dict[str, List[Point]]): measurements by metric, in order of steps
+        scalars (Dict[str, Dict[int, float]]): what its loggers hold, name to step to value
+        settings (Dict[str, object]): from config.yaml and hparams.yaml, flat
+        notes (List[str]): what was odd about its files
+        name (str): unique among the runs of a report
+    """
+    folders: list
+    metrics: dict
+    settings: dict
+    notes: list
+    scalars: dict = dataclasses.field(default_factory=dict)
+    name: str = ''
+
+    @property
+    def last_step(self):
+        return max(points[-1].step for points in self.metrics.values())
+
+    @property
+    def epochs(self):
+        """ The epochs that were measured, first and last, or None. """
+        known = [p.epoch for points in self.metrics.values() for p in points if p.epoch is not None]
+        return (min(known), max(known)) if known else None
+
+    @property
+    def steps_per_epoch(self):
+        """ Exact where the last step of any epoch was measured, None where no line names an epoch. """
+        return max(((p.step + 1) / (p.epoch + 1) for points in self.metrics.values()
+                    for p in points if p.epoch is not None), default=None)
+
+    def to_epochs(self, steps):
+        """ Steps as epochs gone by, or None where that is not known. """
+        per_epoch = self.steps_per_epoch
+        return per_epoch and [(step + 1) / per_epoch for step in steps]
+
+
+def load_runs(patterns):
+    """
+    Read all runs under some folders.
+
+    Args:
+        patterns (List[str]): run folders, log folders or globs
+
+    Returns:
+        Tuple[List[Run], List[str]]: the runs, and a line on each pattern that gives none
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_report.runs import load_runs
+        >>> import ubelt as ub
+        >>> dpath = ub.Path.appdir('geowatch/tests/load_runs').delete().ensuredir()
+        >>> for name in 'ab':
+        >>>     line = '{"metric": "erank", "step": 9, "epoch": 0, "value": 4.0, "layers": {}}'
+        >>>     ((dpath / name).ensuredir() / 'plasticity.jsonl').write_text(line)
+        >>> runs, missing = load_runs([dpath / '*', dpath / 'c'])
+        >>> [run.name for run in runs], len(missing)
+        (['a', 'b'], 1)
+    """
+    parts, missing = {}, []
+    for pattern in map(str, patterns):
+        path = Path(pattern).expanduser()
+        found = [path] if path.exists() else [Path(p) for p in glob.glob(str(path), recursive=True)]
+        folders = sorted({folder.resolve() for match in found for folder in _log_folders(match)}, key=_natural)
+        parts.update({folder: _load_part(folder) for folder in folders if folder not in parts})
+        if not found:
+            missing.append(f'{pattern}: no such file or folder')
+        elif not folders:
+            missing.append(f'{pattern}: no {MEASUREMENTS} in it. Was PlasticityMonitor among the callbacks?')
+        elif not any(parts[folder] for folder in folders):
+            missing.append(f'{pattern}: {MEASUREMENTS} holds no measurement yet')
+    runs = []
+    for part in filter(None, parts.values()):
+        if runs and _goes_on(runs[-1][-1], part):
+            runs[-1].append(part)
+        else:
+            runs.append([part])
+    runs = [_join(parts) for parts in runs]
+    for run, name in zip(runs, _names([run.folders[0] for run in runs]), strict=True):
+        run.name = name
+    return runs, missing
+
+
+def _log_folders(path):
+    if path.is_file():
+        return [path.parent] if path.name == MEASUREMENTS else []
+    if (path / MEASUREMENTS).exists():
+        return [path]
+    return [fpath.parent for fpath in path.rglob(MEASUREMENTS)]
+
+
+def _natural(path):
+    """ version_10 comes after version_9, and lr0.1 after lr0.02. """
+    parts = re.split(r'(\d+(?:\.\d+)?)', str(path))
+    return [float(part) if i % 2 else part for i, part in enumerate(parts)], str(path)
+
+
+# --- measurements ---------------------------------------------------------
+
+
+@dataclasses.dataclass
+class _Part:
+    folder: Path
+    rows: list
+    settings: dict
+    notes: list
+
+    @property
+    def first_epoch(self):
+        return min((row['epoch'] for row in self.rows if row['epoch'] is not None), default=0)
+
+
+def _load_part(folder):
+    rows, notes = _read_measurements(folder / MEASUREMENTS)
+    if rows:
+        settings, odd = read_settings(folder)
+        return _Part(folder, rows, settings, notes + odd)
+
+
+def _read_measurements(fpath):
+    rows, bad, notes = [], [], []
+    lines = fpath.read_text(encoding='utf-8', errors='replace').split('\n')
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                row = _checked(json.loads(line))
+            except (ValueError, TypeError, KeyError, AttributeError):
+                bad.append(number)
+            else:
+                rows += [row] if row else []
+    # A complete line ends in a newline, so that a half-written one can only be the last.
+    if bad and bad[-1] == len(lines):
+        bad.pop()
+        notes.append('the last line is half-written: the run was going on, or was killed')
+    if bad:
+        some = ', '.join(map(str, bad[:3])) + (', ...' if len(bad) > 3 else '')
+        notes.append(f'unreadable lines in {fpath.name} are left out: {some} ({len(bad)} in all)')
+    return rows, notes
+
+
+def _checked(row):
+    """ The fields of a line in their types, or None for a line about something else. """
+    if not isinstance(row, dict):
+        raise TypeError
+    if 'metric' not in row:
+        return None
+    epoch, samples = row.get('epoch'), row.get('samples')
+    return {
+        'metric': str(row['metric']), 'step': int(row['step']),
+        'epoch': None if epoch is None else int(epoch),
+        'samples': None if samples is None else int(samples),
+        'value': _number(row['value']),
+        'layers': {str(name): _number(layer['value']) for name, layer in (row.get('layers') or {}).items()
+                   if 'value' in layer},
+    }
+
+
+def _number(value):
+    """ null stands for a value that is not finite. """
+    number = math.nan if value is None else float(value)
+    return number if math.isfinite(number) else math.nan
+
+
+def _goes_on(before, part):
+    """ Is this the log folder that Lightning made when the run before was resumed? """
+    return (part.folder.parent == before.folder.parent and part.first_epoch > before.first_epoch
+            and part.settings == before.settings)
+
+
+def _join(parts):
+    notes = [note for part in parts for note in part.notes]
+    if len(parts) > 1:
+        notes.append(f'put together from {len(parts)} log folders: ' + ', '.join(p.folder.name for p in parts))
+    metrics, rewound = {}, []
+    for row in (row for part in parts for row in part.rows):
+        own = metrics.setdefault(row.pop('metric'), {})
+        step = row['step']
+        if own and step <= next(reversed(own)):
+            # The run was resumed from before: what it had done after that did not happen.
+            rewound.append(step)
+            for points in metrics.values():
+                for later in [s for s in points if s > step]:
+                    del points[later]
+        own[step] = Point(**row)
+    if rewound:
+        notes.append(f'steps begin again at {min(rewound)} (a resume?): later lines stand for earlier ones')
+    if not parts[0].settings:
+        notes.append('no settings found (config.yaml, or hparams.yaml of self.save_hyperparameters())')
+    metrics = {name: list(points.values()) for name, points in metrics.items() if points}
+    return Run([part.folder for part in parts], metrics, parts[-1].settings, notes)
+
+
+# --- names ----------------------------------------------------------------
+
+
+def _names(folders):
+    """ The parts of the paths that tell the runs apart, without generic ones where that is enough. """
+    depth = max((len(folder.parts) for folder in folders), default=0)
+    columns = [[folder.parts[i] if i < len(folder.parts) else '' for folder in folders] for i in range(depth)]
+    shared = [len(set(column)) == 1 for column in columns]
+    if len(folders) == 1:
+        telling = [part for part in folders[0].parts if not GENERIC.fullmatch(part)]
+        return [telling[-1]]
+    every = [[part for i, part in enumerate(folder.parts) if not shared[i]] for folder in folders]
+    telling = [[part for part in parts if not GENERIC.fullmatch(part)] for parts in every]
+    best = telling if all(telling) and len(set(map(tuple, telling))) == len(folders) else every
+    return ['/'.join(parts) or folder.name for parts, folder in zip(best, folders, strict=True)]

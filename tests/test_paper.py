@@ -1,0 +1,174 @@
+"""
+The example docs/examples/online_permuted_mnist.py: does it show what the paper found?
+"""
+import csv
+import importlib.util
+import json
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from common import numpy_erank
+from torch.nn import functional as F
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / 'docs/examples/online_permuted_mnist.py'
+
+
+@pytest.fixture(scope='module')
+def example():
+    spec = importlib.util.spec_from_file_location('online_permuted_mnist', SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def find_mnist():
+    """ MNIST where there is a file of it, else the digits of scikit-learn: the same trends on both. """
+    beside = ROOT.parent / 'shared/data/mnist.npz'
+    return os.environ.get('MNIST_NPZ') or (str(beside) if beside.exists() else 'digits')
+
+
+def read_run(folder):
+    """ Name to values, in order of epochs; metrics begin with the fresh network. """
+    with open(folder / 'metrics.csv', newline='') as file:
+        accuracies = [float(row['online_accuracy']) for row in csv.DictReader(file) if row['online_accuracy']]
+    curves = {'online_accuracy': accuracies}
+    for line in (folder / 'plasticity.jsonl').read_text().splitlines():
+        row = json.loads(line)
+        curves.setdefault(row['metric'], []).append(row['value'])
+    return curves
+
+
+def test_small_scale_shows_the_loss_of_plasticity(tmp_path):
+    source = find_mnist()
+    print(f'images: {source}')
+    run = subprocess.run([sys.executable, str(SCRIPT), f'--mnist={source}', f'--out={tmp_path}'],
+                         text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert run.returncode == 0, run.stdout[-3000:]
+    print(run.stdout)
+    curves = {name: read_run(tmp_path / name / 'version_0') for name in ('lr0.003', 'lr0.01', 'lr0.05')}
+    # Means over 10 of the 50 tasks each.
+    fifths = {name: {key: [np.mean(part) for part in np.array_split(values, 5)] for key, values in own.items()}
+              for name, own in curves.items()}
+    for own in curves.values():
+        assert len(own['online_accuracy']) == 50
+        assert len(own['weight_mag']) == len(own['dead_units']) == len(own['feature_erank']) == 51
+    small, large = fifths['lr0.003'], fifths['lr0.05']
+
+    weights = large['weight_mag']
+    assert all(after > 1.015 * before for before, after in zip(weights, weights[1:], strict=False))
+    assert weights[-1] > 1.2 * weights[0]
+    assert small['weight_mag'][-1] < 1.1 * small['weight_mag'][0]
+
+    died = {name: own['dead_units'][-1] - own['dead_units'][0] for name, own in fifths.items()}
+    assert died['lr0.05'] > 0.06
+    assert died['lr0.003'] < 0.5 * died['lr0.05']
+
+    kept = {name: own['feature_erank'][-1] / own['feature_erank'][0] for name, own in fifths.items()}
+    assert kept['lr0.05'] < 0.75
+    assert kept['lr0.003'] > kept['lr0.05'] + 0.1
+
+    gained = {name: own['online_accuracy'][-1] - own['online_accuracy'][0] for name, own in fifths.items()}
+    assert gained['lr0.05'] < -0.03
+    assert gained['lr0.003'] > 0.02
+    # The step size in between lies in between.
+    assert kept['lr0.05'] + 0.02 < kept['lr0.01'] < kept['lr0.003'] - 0.02
+    assert gained['lr0.05'] + 0.02 < gained['lr0.01'] < gained['lr0.003'] - 0.02
+
+    # The table and the command for the report.
+    assert all(name in run.stdout.split('Mean over')[1] for name in curves)
+    assert f'plasticity_report {tmp_path}/lr0.003/version_0' in run.stdout
+
+
+def test_measures_before_each_task_and_counts_before_each_update(tmp_path, example):
+    """ Against plain PyTorch; 203 images in batches of 4, so that the last one is shorter. """
+    lr, width, seed = 0.05, 20, 3
+    config = example.OnlinePermutedMnistCLI(
+        mnist='digits', out=str(tmp_path), tasks=3, examples=203, width=width, batch_size=4, seed=seed,
+        accelerator='cpu')
+    images, labels = example.load_images('digits')
+    curves = read_run(example.train(images, labels, lr, config))
+
+    tasks = example.PermutedMnist(images, labels, 203, 4, seed)
+    torch.manual_seed(seed)
+    layers = example.Net(lr, width).layers
+    assert [type(layer).__name__ for layer in layers] == ['Linear', 'ReLU'] * 3 + ['Linear']
+    for number in range(4):  # 0 is the fresh network
+        if number:
+            correct = 0
+            x, y = tasks.task(number)
+            for start in range(0, 203, 4):
+                stop = min(start + 4, 203)
+                logits = layers(x[start:stop])
+                correct += int((logits.argmax(1) == y[start:stop]).sum())
+                gradients = torch.autograd.grad(F.cross_entropy(logits, y[start:stop]), list(layers.parameters()))
+                with torch.no_grad():
+                    for param, gradient in zip(layers.parameters(), gradients, strict=True):
+                        param -= lr * gradient
+            assert curves['online_accuracy'][number - 1] == pytest.approx(correct / 203, abs=1e-6)
+        features, x = [], tasks.task(number + 1)[0][:2000]
+        with torch.no_grad():
+            for layer in layers:
+                x = layer(x)
+                if isinstance(layer, torch.nn.ReLU):
+                    features.append(x.numpy())
+        dead = np.mean([(h == 0).all(0) for h in features])
+        assert curves['dead_units'][number] == pytest.approx(dead)
+        assert curves['feature_erank'][number] == pytest.approx(np.mean([numpy_erank(h) for h in features]), rel=1e-4)
+        weights = np.concatenate([layer.weight.detach().numpy().ravel() for layer in layers[::2]])
+        assert curves['weight_mag'][number] == pytest.approx(np.abs(weights).mean(), rel=1e-5)
+
+
+def test_tasks_are_permutations(example):
+    images, labels = example.load_images('digits')
+    data = example.PermutedMnist(images, labels, examples=1797, batch_size=4, seed=0)
+    first, second = data.task(1), data.task(2)
+    assert torch.equal(data.task(1)[0], first[0])
+    assert not torch.equal(first[0], second[0])
+    for x, y in first, second:
+        assert len(x) == 1797
+        # Each image is there once, with its label, and only its pixels have moved.
+        rows = sorted((tuple(row.sort().values.tolist()), int(label)) for row, label in zip(x, y, strict=True))
+        assert rows == sorted((tuple(row.sort().values.tolist()), int(label))
+                              for row, label in zip(images, labels, strict=True))
+        assert (x.mean(0) - images.mean(0)).abs().max() > 0.1
+    # All pixels move the same way in all images of a task.
+    columns = sorted(map(tuple, images.T.sort(1).values.tolist()))
+    assert columns == sorted(map(tuple, first[0].T.sort(1).values.tolist()))
+
+
+def test_reads_mnist_from_npz_and_from_torchvision(tmp_path, example):
+    pytest.importorskip('torchvision', reason='torchvision is not installed')
+    random = np.random.default_rng(0)
+    x, y = random.integers(0, 256, (7, 28, 28), dtype=np.uint8), np.arange(7, dtype=np.uint8)
+    np.savez(tmp_path / 'mnist.npz', x_train=x, y_train=y, x_test=x, y_test=y)
+    raw = tmp_path / 'MNIST/raw'
+    raw.mkdir(parents=True)
+    for part in 'train', 't10k':
+        (raw / f'{part}-images-idx3-ubyte').write_bytes(struct.pack('>4i', 0x803, 7, 28, 28) + x.tobytes())
+        (raw / f'{part}-labels-idx1-ubyte').write_bytes(struct.pack('>2i', 0x801, 7) + y.tobytes())
+    for source in tmp_path / 'mnist.npz', tmp_path:
+        images, labels = example.load_images(source)
+        assert images.shape == (7, 784)
+        assert images.dtype == torch.float32
+        np.testing.assert_allclose(images.numpy(), x.reshape(7, 784) / 255, rtol=1e-6)
+        assert labels.tolist() == list(range(7))
+
+
+def test_paper_scale_is_that_of_the_paper(example):
+    assert example.SCALES['paper'] == {
+        'step_sizes': '0.001,0.003,0.01', 'tasks': 800, 'examples': 60000, 'width': 2000, 'batch_size': 1,
+        'accelerator': 'auto'}
+    torch.manual_seed(0)
+    weights = [layer.weight.detach() for layer in example.Net(0.01, 2000).layers[::2]]
+    assert [tuple(weight.shape) for weight in weights] == [(2000, 784), (2000, 2000), (2000, 2000), (10, 2000)]
+    # Kaiming-uniform: gain 2 before a ReLU, 1 at the end.
+    bounds = [(3 * gain / fan_in) ** 0.5 for gain, fan_in in [(2, 784), (2, 2000), (2, 2000), (1, 2000)]]
+    assert [weight.abs().max().item() for weight in weights] == pytest.approx(bounds, rel=1e-3)
+    assert torch.cat([weight.ravel() for weight in weights]).abs().mean().item() == pytest.approx(0.03, abs=0.001)

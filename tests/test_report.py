@@ -1,0 +1,597 @@
+"""
+The report: what it reads, what it says, what it draws, and the page in a browser.
+"""
+import csv
+import importlib.util
+import io
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import DataLoader
+
+from geowatch.utils.lightning_ext.callbacks import plasticity_report
+from geowatch.utils.lightning_ext.callbacks.plasticity import PlasticityMonitor
+from geowatch.utils.lightning_ext.callbacks.plasticity_report import (
+    PlasticityReportCLI,
+    report_command,
+    write_report_script,
+)
+from geowatch.utils.lightning_ext.callbacks.plasticity_report.figures import (
+    change_of,
+    layer_grid,
+    metric_curve,
+    under_curve,
+)
+from geowatch.utils.lightning_ext.callbacks.plasticity_report.findings import find, make_table, trend
+from geowatch.utils.lightning_ext.callbacks.plasticity_report.runs import load_runs
+from geowatch.utils.lightning_ext.callbacks.plasticity_report.scalars import load_scalars
+from geowatch.utils.lightning_ext.callbacks.plasticity_report.settings import compared_settings
+
+COMMAND = [sys.executable, '-m', 'geowatch.utils.lightning_ext.callbacks.plasticity_report']
+ENV = {**os.environ, 'GEOWATCH_PREIMPORT': '0'}
+drawing = pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, ('matplotlib', 'plotly'))),
+    reason='matplotlib and plotly, the extra `report`, are not installed')
+
+
+def line(metric, step, value, layers=None, per_epoch=10, samples=None):
+    return {'metric': metric, 'step': step, 'epoch': step // per_epoch, 'time': 0.0, 'samples': samples,
+            'value': value, 'layers': {name: {'value': x} for name, x in (layers or {}).items()}}
+
+
+def write_run(folder, lines, tail='', **settings):
+    folder.mkdir(parents=True)
+    text = ''.join((item if isinstance(item, str) else json.dumps(item)) + '\n' for item in lines)
+    (folder / 'plasticity.jsonl').write_text(text + tail)
+    if settings:
+        (folder / 'hparams.yaml').write_text(''.join(f'{key}: {value}\n' for key, value in settings.items()))
+    return folder
+
+
+def two_runs(root, odd=''):
+    """ One that loses plasticity with a large learning rate, and one that does not. """
+    steps = range(9, 100, 10)
+    for lr, dead, rank in [(0.1, 0.18, -35), (0.01, 0.0, -1)]:
+        lines = []
+        for i, step in enumerate(steps):
+            # Unlike each other in every layer, so that a mix-up would show.
+            share = i / 9
+            lines += [
+                line('weight_mag', step, 0.03 + share * dead / 4, {'fc1': 0.04, 'fc2': 0.02 + share * dead}),
+                line('dead_units', step, 0.01 + share * dead, {'act1': 0.0, 'act2': 0.02 + 2 * share * dead}),
+                line('erank', step, 59 + share * rank, {'fc1': 60.0, 'fc2': 58 + 1.5 * share * rank}),
+            ]
+        folder = write_run(root / f'lr{lr}{odd}' / 'lightning_logs' / 'version_0', lines, lr=lr, batch_size=32,
+                           optimizer='SGD')
+        losses = ''.join(f'{step // 10},{step},{1 / (step + 1)}\n' for step in range(100))
+        (folder / 'metrics.csv').write_text('epoch,step,train_loss\n' + losses)
+
+
+def only_run(folder):
+    (run,), missing = load_runs([folder])
+    assert not missing
+    return run
+
+
+def said(runs):
+    return {(f.kind, f.sentence) for f in find(make_table(runs))}
+
+
+# --- reading --------------------------------------------------------------
+
+
+def test_run_folder_log_folder_file_and_glob_name_the_same_run(tmp_path):
+    folder = write_run(tmp_path / 'a' / 'lightning_logs' / 'version_3', [line('erank', 9, 5.0)])
+    for pattern in (tmp_path / 'a', folder, folder / 'plasticity.jsonl', tmp_path / '*', tmp_path / '**' / 'version_*'):
+        run = only_run(pattern)
+        assert run.folders == [folder.resolve()]
+        assert run.name == 'a'
+
+
+def test_names_tell_runs_apart_and_versions_come_in_order(tmp_path):
+    for name in ('a/lightning_logs/version_10', 'a/lightning_logs/version_9', 'b/lightning_logs/version_0'):
+        write_run(tmp_path / name, [line('erank', 9, 5.0)])
+    runs, _ = load_runs([tmp_path])
+    assert [run.name for run in runs] == [
+        'a/version_9', 'a/version_10', 'b/version_0']
+    assert [run.name for run in load_runs([tmp_path / 'a'])[0]] == ['version_9', 'version_10']
+
+
+def test_later_lines_win_and_what_was_undone_by_a_resume_is_gone(tmp_path):
+    run = only_run(write_run(tmp_path / 'a', [
+        line('erank', 9, 50.0), line('erank', 19, 40.0), line('dead_units', 29, 0.5), line('erank', 29, 30.0),
+        # Resumed from a checkpoint at step 10, with other intervals.
+        line('erank', 15, 45.0), line('erank', 25, 44.0), line('erank', 25, 43.0), line('dead_units', 25, 0.1)]))
+    assert [(p.step, p.value) for p in run.metrics['erank']] == [(9, 50.0), (15, 45.0), (25, 43.0)]
+    assert [(p.step, p.value) for p in run.metrics['dead_units']] == [(25, 0.1)]
+    assert any('begin again at 15' in note for note in run.notes)
+
+
+def test_a_metric_at_the_step_of_a_resume_is_kept(tmp_path):
+    run = only_run(write_run(tmp_path / 'a', [
+        line('erank', 9, 50.0), line('weight_mag', 9, 0.1), line('weight_mag', 19, 0.2),
+        line('erank', 15, 45.0), line('weight_mag', 15, 0.3)]))
+    assert [p.step for p in run.metrics['erank']] == [9, 15]
+    assert [p.value for p in run.metrics['weight_mag']] == [0.1, 0.3]
+
+
+def test_half_written_unreadable_and_unknown_lines(tmp_path):
+    run = only_run(write_run(tmp_path / 'a', [
+        line('erank', 9, 50.0), {'event': 'start'}, 'not json', {'metric': 'erank', 'step': 'x', 'value': 1},
+        [1, 2], line('erank', 19, None), line('mine', 19, 2.0, {'a': None})], tail='{"metric": "erank", "st'))
+    assert [p.step for p in run.metrics['erank']] == [9, 19]
+    assert math.isnan(run.metrics['erank'][1].value)
+    assert run.metrics['mine'][0].value == 2.0
+    assert any('half-written' in note for note in run.notes)
+    assert any('3, 4, 5 (3 in all)' in note for note in run.notes)
+
+
+def test_settings_of_lightning_cli_and_of_hparams(tmp_path):
+    a = write_run(tmp_path / 'a', [line('erank', 9, 5.0)])
+    (a / 'config.yaml').write_text(textwrap.dedent('''
+        seed_everything: 1
+        trainer: {default_root_dir: /x/a, accumulate_grad_batches: 1, callbacks: [{class_path: C, init_args: {k: 1}}]}
+        model: {class_path: m.Net, init_args: {lr: null, act: !!python/object:some.Class {name: relu}}}
+        data: {batch_size: 4}
+        optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 1e-3}}
+    '''))
+    b = write_run(tmp_path / 'b', [line('erank', 9, 5.0)], learning_rate=0.1, batch_size=4, optimizer='SGD')
+    runs = load_runs([a, b])[0]
+    columns = compared_settings(runs)
+    assert columns['learning rate'] == [0.001, 0.1]
+    assert columns['batch size'] == [4, 4]
+    assert columns['optimizer'] == ['AdamW', 'SGD']
+    assert columns['trainer.accumulate_grad_batches'] == [1, None]
+    assert not any('default_root_dir' in title for title in columns)
+    (b / 'hparams.yaml').write_text('lr: [1,')
+    assert any('hparams.yaml could not be read' in note for note in only_run(b).notes)
+
+
+def test_loss_on_the_same_axis_by_step_and_by_epoch(tmp_path):
+    two_runs(tmp_path)
+    run = load_runs([tmp_path])[0][0]
+    load_scalars(run)
+    steps, losses = under_curve(run, 'train_loss', 'step')
+    assert steps == list(range(100))
+    assert losses == pytest.approx([1 / (step + 1) for step in steps])
+    # Ten steps per epoch: after step 9 one epoch has gone by.
+    assert metric_curve(run, 'erank', 'epoch')[0] == [float(epoch) for epoch in range(1, 11)]
+    assert under_curve(run, 'train_loss', 'epoch')[0][:10] == pytest.approx([0.1 * k for k in range(1, 11)])
+
+
+def test_layers_in_network_order_against_their_own_start(tmp_path):
+    run = only_run(write_run(tmp_path / 'a', [
+        line('erank', 9, 5.0, {'z': 8.0, 'a': 4.0}), line('erank', 19, 5.0, {'z': 2.0, 'a': None, 'm': 1.0})]))
+    layers, steps, rows = layer_grid(run, 'erank', 'step')
+    assert (layers, steps) == (['z', 'a', 'm'], [9, 19])
+    assert rows[0] == [8.0, 2.0]
+    assert change_of(rows[0]) == [0.0, -2.0]
+    assert rows[1][0] == 4.0 and math.isnan(rows[1][1])
+    assert math.isnan(rows[2][0]) and rows[2][1] == 1.0
+
+
+# --- what it says ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(('values', 'word'), [
+    ([1, 2, 3, 4], 'rises'), ([4.0, 1.0], 'falls'), ([1, 1.01, 0.99, 1.02], 'steady'),
+    ([1, 5, 1, 5, 1, 5, 1], 'up and down'), ([3.0], 'one point'),
+    ([], 'no data'), ([math.nan], 'no data'), ([math.nan, 1, 2, math.nan, 3], 'rises'),
+    ([1 + 0.01 * k + (-1) ** k for k in range(300)], 'rises'),
+])
+def test_trend(values, word):
+    assert trend(list(range(len(values))), values).word == word
+
+
+def test_trend_of_noise_is_none():
+    torch.manual_seed(0)
+    words = {trend(list(range(50)), (10 + torch.randn(50)).tolist()).word for _ in range(50)}
+    assert words <= {'steady', 'up and down'}
+
+
+def test_findings_compare_with_the_start_and_with_the_other_run(tmp_path):
+    two_runs(tmp_path)
+    runs = load_runs([tmp_path])[0]
+    for run in runs:
+        load_scalars(run)
+    findings = find(make_table(runs, 'train_loss'))
+    sign, calm = findings
+    assert (sign.kind, sign.run, calm.kind, calm.run) == ('sign', 'lr0.1', 'calm', 'lr0.01')
+    assert 'weight magnitude 0.03 -> 0.075' in sign.text
+    assert 'dead units 1 % -> 19 % (most in act2: 2 % -> 38 %)' in sign.text
+    assert 'effective rank of weights 59 -> 24 (most in fc2: 58 -> 5.5)' in sign.text
+    assert 'train_loss 1 -> 0.01' in sign.text
+    assert sign.text.endswith('lr0.01 shows none of these.')
+    assert 'no longer learns' in sign.why
+    assert 'dead units 1 % -> 1 %' in calm.text
+
+
+def test_settings_tell_runs_apart_where_names_do_not(tmp_path):
+    for i, lr in enumerate((0.1, 0.01)):
+        write_run(tmp_path / f'version_{i}', [line('erank', 9, 5.0)], lr=lr, batch_size=8)
+    assert make_table(load_runs([tmp_path])[0]).labels() == ['version_0 (lr 0.1)', 'version_1 (lr 0.01)']
+
+
+def test_what_broke_and_what_is_missing_is_said(tmp_path):
+    write_run(tmp_path / 'nan', [line('grad_mag', 9, 1.0), line('grad_mag', 19, None), line('erank', 19, 5.0)], lr=1)
+    write_run(tmp_path / 'ok', [line('grad_mag', 9 + 10 * k, 1.0) for k in range(5)], lr=0.1)
+    sentences = said(load_runs([tmp_path])[0])
+    assert ('broken', 'nan (lr 1): not a finite number: gradient magnitude from step 19.') in sentences
+    assert ('data', 'ok (lr 0.1): effective rank of weights not measured.') in sentences
+    assert ('data', 'nan (lr 1): one measurement of effective rank of weights, so that no trend can be told.'
+            ) in sentences
+    assert ('data', 'nan (lr 1): ends in epoch 1, where another goes on to epoch 4.') in sentences
+
+
+# --- the command ----------------------------------------------------------
+
+
+def test_tables_for_programs(tmp_path, capsys):
+    two_runs(tmp_path)
+    assert PlasticityReportCLI.main(cmdline=0, runs=[str(tmp_path / '*')], format='json') == 0
+    data = json.loads(capsys.readouterr().out)
+    good, bad = data['runs']
+    assert (good['run'], good['learning rate'], bad['learning rate']) == ('lr0.01', 0.01, 0.1)
+    assert (bad['erank.start'], bad['erank.end'], bad['erank.trend']) == (59, 24, 'falls')
+    assert (good['erank.trend'], good['signs']) == ('steady', [])
+    assert bad['signs'] == ['weight_mag', 'dead_units', 'erank']
+    assert (bad['train_loss.start'], bad['train_loss.end']) == pytest.approx((1, 0.01))
+    assert 'correlates' in data['caveat']
+    assert PlasticityReportCLI.main(cmdline=0, runs=[str(tmp_path / '*')], format='csv') == 0
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [row['run'] for row in rows] == ['lr0.01', 'lr0.1']
+    assert float(rows[1]['dead_units.end']) == pytest.approx(0.19)
+    assert rows[1]['signs'] == 'weight_mag dead_units erank'
+    assert not (tmp_path / 'plasticity_report').exists()
+
+
+def test_a_folder_without_data_is_one_line_and_code_2(tmp_path, capsys):
+    (tmp_path / 'empty').mkdir()
+    done = subprocess.run([*COMMAND, tmp_path / 'empty'], env=ENV, capture_output=True, text=True, cwd=tmp_path)
+    # Other lines are warnings of what the host imports.
+    ours = [text for text in done.stderr.splitlines() if 'Warning' not in text and not text.startswith(' ')]
+    complaint = 'no plasticity.jsonl in it. Was PlasticityMonitor among the callbacks?'
+    assert (done.returncode, done.stdout, ours) == (2, '', [f'{tmp_path / "empty"}: {complaint}'])
+    for name in ('nowhere', 'no*thing'):
+        assert PlasticityReportCLI.main(cmdline=0, runs=[str(tmp_path / name)]) == 2
+        assert capsys.readouterr().err == f'{tmp_path / name}: no such file or folder\n'
+    assert list(tmp_path.rglob('*')) == [tmp_path / 'empty']
+
+
+def test_a_run_that_has_not_measured_yet(tmp_path, capsys):
+    write_run(tmp_path / 'a', [])
+    assert PlasticityReportCLI.main(cmdline=0, runs=[str(tmp_path / 'a')]) == 2
+    assert capsys.readouterr().err == f'{tmp_path / "a"}: plasticity.jsonl holds no measurement yet\n'
+
+
+def test_a_good_run_beside_a_folder_without_data(tmp_path, capsys):
+    write_run(tmp_path / 'good', [line('erank', 9, 5.0)])
+    runs = [str(tmp_path / 'good'), str(tmp_path / 'bad')]
+    assert PlasticityReportCLI.main(cmdline=0, runs=runs, format='csv') == 2
+    said = capsys.readouterr()
+    assert said.err == f'{tmp_path / "bad"}: no such file or folder\n'
+    assert len(said.out.splitlines()) == 2
+
+
+def test_an_unknown_scalar_lists_the_known_ones(tmp_path, capsys):
+    two_runs(tmp_path)
+    assert PlasticityReportCLI.main(cmdline=0, runs=[str(tmp_path)], under='val_acc', format='csv') == 2
+    assert capsys.readouterr().err == '--under=val_acc: no run has it. There is: train_loss\n'
+
+
+@drawing
+@pytest.mark.parametrize('missing', ['plotly', 'matplotlib'])
+def test_a_missing_library_is_one_line_and_code_2(tmp_path, capsys, monkeypatch, missing):
+    write_run(tmp_path / 'a', [line('erank', 9, 5.0)])
+    monkeypatch.setitem(sys.modules, missing, None)
+    for name in [name for name in sys.modules if name.startswith(f'{missing}.')]:
+        monkeypatch.setitem(sys.modules, name, None)
+    assert PlasticityReportCLI.main(cmdline=0, runs=[str(tmp_path / 'a')]) == 2
+    (complaint,) = capsys.readouterr().err.splitlines()
+    assert missing in complaint and "pip install 'geowatch-plasticity[report]'" in complaint
+
+
+def test_importing_it_is_cheap():
+    """ Without the host, whose packages import Lightning by themselves. """
+    code = '''
+        import sys, types
+        parts = 'geowatch.utils.lightning_ext.callbacks'.split('.')
+        for i in range(len(parts)):
+            module = types.ModuleType('.'.join(parts[:i + 1]))
+            module.__path__ = [sys.argv[1]]
+            sys.modules[module.__name__] = module
+        import geowatch.utils.lightning_ext.callbacks.plasticity_report
+        print(*{'torch', 'pytorch_lightning', 'matplotlib', 'plotly', 'pandas', 'numpy', 'tensorboard', 'yaml'}
+               & set(sys.modules))
+    '''
+    parent = os.path.dirname(os.path.dirname(plasticity_report.__file__))
+    # What the command line library imports is not ours to choose.
+    library = 'import scriptconfig, ubelt, sys; print(*sys.modules)'
+    library = subprocess.check_output([sys.executable, '-c', library], text=True)
+    done = subprocess.run([sys.executable, '-c', textwrap.dedent(code), parent], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert set(done.stdout.split()) <= set(library.split())
+
+
+# --- the pictures ---------------------------------------------------------
+
+
+def ink(fpath):
+    """ The share of pixels that are not white. """
+    from matplotlib.image import imread
+    return (imread(fpath)[..., :3].min(axis=2) < 0.98).mean()
+
+
+@drawing
+def test_pictures_and_page_are_written(tmp_path, capsys):
+    two_runs(tmp_path / 'runs')
+    out = tmp_path / 'out'
+    assert PlasticityReportCLI.main(cmdline=0, runs=[str(tmp_path / 'runs')], out=str(out), x='epoch') == 0
+    metrics = ['dead_units', 'erank', 'weight_mag']
+    layers = [f'layers-{name}-lr{lr}' for name in metrics for lr in (0.01, 0.1)]
+    assert sorted(path.name for path in out.iterdir()) == sorted(
+        [f'{name}.png' for name in [*metrics, *layers, 'panels']] + ['report.html'])
+    for path in out.glob('*.png'):
+        assert ink(path) > 0.01, path
+    text = capsys.readouterr().out
+    assert 'dead units 1 % -> 19 %' in text and 'correlates' in text and str(out / 'report.html') in text
+
+
+@drawing
+def test_a_report_that_cannot_be_written_is_one_line_and_code_2(tmp_path, capsys):
+    folder = write_run(tmp_path / 'a', [line('erank', 9, 5.0)])
+    assert PlasticityReportCLI.main(cmdline=0, runs=[str(folder)], out=str(folder / 'plasticity.jsonl')) == 2
+    (complaint,) = capsys.readouterr().err.splitlines()
+    assert 'the report could not be written' in complaint
+
+
+@drawing
+def test_broken_runs_still_get_a_report(tmp_path):
+    runs = tmp_path / 'runs'
+    write_run(runs / 'one', [line('erank', 9, 5.0, {'a': 5.0})])
+    write_run(runs / 'zero', [line('dead_units', 9 + k, 0.0, {'a': 0.0, 'b': 0.0}) for k in range(3)])
+    write_run(runs / 'nan', [line('erank', 9 + k, None, {'a': None}) for k in range(3)])
+    write_run(runs / 'own', [line('my/metric', 9 + k, 2.0 * k) for k in range(3)])
+    write_run(runs / 'long', [line('grad_mag', k, 2.0 ** -(k % 70), {'a': 0.0, 'b': 1.0}) for k in range(1500)])
+    write_run(runs / 'no_epoch', [{'metric': 'erank', 'step': 3, 'value': 4}], tail='{"met')
+    for name in ('*', 'one', 'zero', 'nan', 'own', 'long', 'no_epoch'):
+        out = tmp_path / 'out' / name.replace('*', 'all')
+        assert PlasticityReportCLI.main(cmdline=0, runs=[str(runs / name)], out=str(out), x='epoch') == 0
+        assert {'report.html', 'panels.png'} < {path.name for path in out.iterdir()}
+    assert (tmp_path / 'out' / 'own' / 'my_metric.png').exists()
+
+
+@drawing
+def test_the_script_reports_on_its_run_also_after_a_move(tmp_path):
+    folder = write_run(tmp_path / 'my runs' / 'a', [line('erank', 9 + k, 5.0 - k, {'a': 5.0 - k}) for k in range(3)])
+    fpath = write_report_script(folder)
+    assert os.access(fpath, os.X_OK)
+    moved = shutil.move(tmp_path / 'my runs', tmp_path / "else where's")
+    script = [moved / 'a' / fpath.name, '--under=none']
+    done = subprocess.run(script, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (moved / 'a' / 'monitor' / 'plasticity' / 'report.html').exists()
+
+
+def test_the_command_can_be_pasted_into_a_shell(tmp_path):
+    folder = write_run(tmp_path / "it's a run", [line('erank', 9, 5.0)])
+    command = report_command(folder).replace('python', sys.executable, 1)
+    done = subprocess.run(f'{command} --format=csv', shell=True, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert 'erank.start' in done.stdout
+
+
+# --- real runs ------------------------------------------------------------
+
+
+class Net(pl.LightningModule):
+    def __init__(self, lr, batch_size):
+        super().__init__()
+        self.save_hyperparameters()
+        self.net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 12),
+                                       torch.nn.ReLU(), torch.nn.Linear(12, 1))
+
+    def training_step(self, batch, batch_idx):
+        loss = (self.net(batch) - 1).square().mean()
+        self.log('train_loss', loss)
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=self.hparams.lr)
+
+
+def fit(root, lr, batch_size, epochs, logger=True, ckpt_path=None):
+    torch.manual_seed(0)
+    trainer = pl.Trainer(max_epochs=epochs, default_root_dir=root, accelerator='cpu', logger=logger,
+                         log_every_n_steps=2, callbacks=[PlasticityMonitor()], enable_progress_bar=False,
+                         enable_model_summary=False, enable_checkpointing=False)
+    # 21 examples: the last batch is shorter.
+    trainer.fit(Net(lr, batch_size), DataLoader(torch.rand(21, 8), batch_size=batch_size), ckpt_path=ckpt_path)
+    return trainer
+
+
+def test_real_runs_of_two_loggers(tmp_path, capsys):
+    fit(tmp_path / 'a', 0.1, 4, 2)
+    fit(tmp_path / 'b', 0.01, 8, 2, logger=pl.loggers.CSVLogger(tmp_path / 'b'))
+    assert PlasticityReportCLI.main(cmdline=0, runs=[str(tmp_path)], format='json') == 0
+    records = json.loads(capsys.readouterr().out.partition('\n{')[2].join(['{', '']))['runs']
+    assert [(r['run'], r['learning rate'], r['batch size']) for r in records] == [('a', 0.1, 4), ('b', 0.01, 8)]
+    for record in records:
+        lines = [json.loads(text) for text in open(os.path.join(record['folder'], 'plasticity.jsonl'))]
+        for name in ('weight_mag', 'grad_mag', 'grad_norm', 'dead_units', 'erank', 'feature_erank'):
+            values = [item['value'] for item in lines if item['metric'] == name]
+            assert len(values) > 1
+            assert (record[f'{name}.start'], record[f'{name}.end']) == (values[0], values[-1])
+        assert record['train_loss.points'] > 1
+        assert 0 < record['train_loss.end'] < record['train_loss.start']
+        assert record['last_epoch'] == 1
+
+
+def test_a_resumed_run_is_one_run_and_a_sweep_is_not(tmp_path):
+    trainer = fit(tmp_path / 'a', 0.1, 4, 2)
+    trainer.save_checkpoint(tmp_path / 'a' / 'last.ckpt')
+    fit(tmp_path / 'a', 0.1, 4, 4, ckpt_path=tmp_path / 'a' / 'last.ckpt')
+    run = only_run(tmp_path / 'a')
+    assert [folder.name for folder in run.folders] == ['version_0', 'version_1']
+    assert run.epochs == (0, 3)
+    steps = [point.step for point in run.metrics['erank']]
+    assert len(steps) == 4 and steps == sorted(steps)
+    # 6 batches per epoch
+    assert run.to_epochs(steps) == [1, 2, 3, 4]
+    load_scalars(run)
+    assert max(run.scalars['train_loss']) > 12 > min(run.scalars['train_loss'])
+    for _ in range(2):
+        fit(tmp_path / 'b', 0.1, 4, 2)
+    assert len(load_runs([tmp_path / 'b'])[0]) == 2
+
+
+# --- the page in a browser ------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def browser():
+    sync_api = pytest.importorskip('playwright.sync_api', reason='playwright is not installed')
+    chromium = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
+    if chromium is None:
+        pytest.skip('no chromium on the PATH')
+    with sync_api.sync_playwright() as playwright:
+        instance = playwright.chromium.launch(executable_path=chromium)
+        yield instance
+        instance.close()
+
+
+@pytest.fixture(scope='module')
+def report(tmp_path_factory):
+    root = tmp_path_factory.mktemp('page')
+    # A name that is HTML must come out as text.
+    two_runs(root / 'runs', odd='<b> & "</script>'.replace('/', '\u2215'))
+    assert PlasticityReportCLI.main(cmdline=0, runs=[str(root / 'runs')], out=str(root)) == 0
+    return root / 'report.html'
+
+
+@pytest.fixture(params=[1280, 390])
+def page(browser, report, request):
+    context = browser.new_context(viewport={'width': request.param, 'height': 900}, offline=True)
+    asked, complaints = [], []
+
+    def only_files(route):
+        asked.append(route.request.url)
+        route.continue_() if route.request.url.startswith('file:') else route.abort()
+
+    context.route('**/*', only_files)
+    page = context.new_page()
+    page.on('console', lambda message: message.type in ('error', 'warning') and complaints.append(message.text))
+    page.on('pageerror', lambda error: complaints.append(str(error)))
+    page.goto(report.as_uri())
+    page.wait_for_selector('#layers .heatmaplayer image, #layers .heatmaplayer .hm', state='attached')
+    page.wait_for_selector('#chart-erank .scatterlayer .trace')
+    yield page
+    assert not complaints
+    assert [url for url in asked if not url.startswith('data:')] == [report.as_uri()]
+    context.close()
+
+
+def curves(page, name='erank'):
+    return page.locator(f'#chart-{name} .scatterlayer .trace').count()
+
+
+def point_on_screen(page, name, run, k):
+    return page.evaluate('''([name, run, k]) => {
+        const div = document.getElementById('chart-' + name);
+        div.scrollIntoView({block: 'center'});
+        const layout = div._fullLayout, trace = div.data.filter(trace => !trace.yaxis || trace.yaxis === 'y')[run];
+        const box = div.querySelector('.main-svg').getBoundingClientRect();
+        return [box.left + layout.xaxis._offset + layout.xaxis.d2p(trace.x[k]),
+                box.top + layout.yaxis._offset + layout.yaxis.d2p(trace.y[k])];
+    }''', [name, run, k])
+
+
+@drawing
+def test_page_fits_its_width(page):
+    scroll, width = page.evaluate('[document.documentElement.scrollWidth, window.innerWidth]')
+    assert scroll <= width
+    small = page.evaluate('''[...document.querySelectorAll('body *')].filter(e => e.checkVisibility()
+        && e.textContent.trim() && !e.children.length && e.tagName !== 'SCRIPT'
+        && parseFloat(getComputedStyle(e).fontSize) < 11).map(e => e.outerHTML)''')
+    assert small == []
+    for selector in ('.findings p', 'tbody th', '#runs button', '#chart-erank', '#layers .layer-map'):
+        box = page.locator(selector).first.bounding_box()
+        assert box['x'] >= 0 and box['x'] + box['width'] <= width
+
+
+@drawing
+def test_page_says_what_the_numbers_say(page):
+    text = page.inner_text('body')
+    assert 'dead units 1 % \u2192 19 %' in text
+    assert 'correlates' in text
+    assert 'lr0.1<b> & "' in text
+    row = page.locator('tbody tr').nth(1).inner_text()
+    assert '59 \u2192 24' in row and 'falls' in row
+
+
+@drawing
+def test_hover_tells_the_value(page):
+    x, y = point_on_screen(page, 'erank', 1, 4)
+    page.mouse.move(x - 3, y)
+    page.mouse.move(x, y)
+    page.wait_for_selector('#chart-erank .hoverlayer .hovertext')
+    text = page.locator('#chart-erank .hoverlayer').text_content()
+    # Run lr0.1 at step 49: 59 - 35 * 4 / 9
+    assert '43.44' in text and 'step 49' in text and 'epoch 5' in text
+
+
+@drawing
+def test_a_run_can_be_switched_off_and_on(page):
+    button = page.locator('#runs button').nth(1)
+    before, maps = curves(page), page.locator('#layers .layer-map').count()
+    assert maps == 2
+    button.click()
+    page.wait_for_function("document.querySelectorAll('#layers .layer-map').length === 1")
+    assert 0 < curves(page) < before
+    left = page.evaluate("[...document.getElementById('chart-erank').data].filter(t => t.visible).map(t => t.name)")
+    assert left and all(name.startswith('lr0.01') for name in left)
+    assert button.get_attribute('aria-pressed') == 'false'
+    button.click()
+    page.wait_for_function("document.querySelectorAll('#layers .layer-map').length === 2")
+    assert curves(page) == before
+
+
+@drawing
+def test_axis_and_heatmap_switches(page):
+    page.get_by_role('button', name='by epoch').click()
+    page.wait_for_function("document.getElementById('chart-erank').data[0].x[0] === 1")
+    assert page.evaluate("document.getElementById('chart-erank').data[0].x.at(-1)") == 10
+    page.locator('#metric button', has_text='Effective rank of weights').click()
+    page.wait_for_selector('#layers .layer-map')
+    heat = page.evaluate("document.querySelectorAll('#layers .layer-map')[1].data[0]")
+    assert heat['z'][0] == [0] * 10
+    assert heat['z'][1][-1] == pytest.approx(math.log2(5.5 / 58), rel=1e-4)
+    ticks = page.locator('#layers .layer-map').nth(1).locator('.ytick text').all_text_contents()
+    assert [re.sub(r'\s', '', tick) for tick in ticks] == ['fc1', 'fc2']
+
+
+@drawing
+def test_zoom(page):
+    if page.viewport_size['width'] < 760:
+        # A finger on a picture scrolls the page there.
+        assert page.evaluate("document.getElementById('chart-erank')._fullLayout.dragmode") is False
+        return
+    x, y = point_on_screen(page, 'erank', 1, 2)
+    x_range = "document.getElementById('chart-erank')._fullLayout.xaxis.range"
+    before = page.evaluate(x_range)
+    page.mouse.move(x, y)
+    page.mouse.down()
+    page.mouse.move(x + 150, y + 60, steps=5)
+    page.mouse.up()
+    page.wait_for_function(f"{x_range}[0] > {before[0] + 1}")
+    after = page.evaluate(x_range)
+    assert before[0] < after[0] < after[1] < before[1]
