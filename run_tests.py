@@ -12,7 +12,7 @@ import sys
 PACKAGE = 'geowatch.utils.lightning_ext.callbacks'
 DOCTESTED = ['geowatch.cli.fit', f'{PACKAGE}.plasticity'] + [
     f'{PACKAGE}.plasticity_metrics.{name}' for name in (
-        '_activations', '_result', '_schedule', '_spectrum', 'dead_units', 'erank',
+        '_activations', '_schedule', '_spectrum', 'dead_units', 'erank',
         'feature_erank', 'grad_mag', 'weight_mag')
 ] + [f'{PACKAGE}.plasticity_metrics']
 

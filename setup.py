@@ -26,6 +26,7 @@ setup(
         'geowatch.cli.fit',
         'geowatch.utils.lightning_ext.callbacks',
         'geowatch.utils.lightning_ext.callbacks.plasticity_metrics',
+        'geowatch.utils.lightning_ext.callbacks.plasticity_report',
     ],
     install_requires=requirements('runtime'),
     extras_require={name: requirements(name) for name in ('geowatch', 'tests', 'docs')},

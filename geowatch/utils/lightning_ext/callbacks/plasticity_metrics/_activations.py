@@ -11,6 +11,7 @@ is one.
 """
 import contextlib
 import dataclasses
+import functools
 import itertools
 import sys
 import weakref
@@ -23,7 +24,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 from ._saturation import SATURATED_VALUES, saturated_values
-from ._units import LAYER_FUNCTIONS, NORM_AXIS, SLICES, default_axis, follow_axis, layer_axis
+from ._units import LAYER_FUNCTIONS, NORM_AXIS, SLICES, Place, default_axis, follow_units, layer_axis
 from ._weights import clean_name
 
 # Modules and functions that compute activations inside one kernel.
@@ -98,17 +99,31 @@ def site_names(sites):
 
 class _Run:
     """ One run of a layer, and the activation calls on what it produced. """
+    __slots__ = ('layer', 'order', 'calls')
 
     def __init__(self, layer, order):
         self.layer = layer
         self.order = order
-        self.calls = Counter()
+        self.calls = {}
 
 
 class _Trail(NamedTuple):
     run: _Run
-    axis: int
+    place: Place
     extent: int = 0  # which slice of what the layer produced
+
+
+class _Known(weakref.ref):
+    """ What is known of a tensor, which it does not keep alive. """
+    __slots__ = ('key', 'trail', 'owner')
+
+
+class _Module(NamedTuple):
+    """ A module of the model, while it runs. """
+    module: nn.Module
+    path: str
+    activation: str | None  # its class, where that is registered as an activation
+    may_be_fast: bool
 
 
 class Capture(TorchFunctionMode):
@@ -150,15 +165,20 @@ class Capture(TorchFunctionMode):
     # --- attach and detach -------------------------------------------------
 
     def __enter__(self):
-        self._paths = {id(module): clean_name(path) for path, module in self._model.named_modules()}
-        self._constants = {}  # parameters, buffers and what is made of them alone
+        self._paths = {}
+        self._constants = {}    # id of a parameter or buffer to the path of its layer
         for path, module in self._model.named_modules():
-            own = itertools.chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False))
-            for _, tensor in own:
-                self._constants[id(tensor)] = None, clean_name(path)
-        self._trails = {}
+            path = self._paths[id(module)] = clean_name(path)
+            layer = _layer_path(path)
+            for table in (module._parameters, module._buffers):
+                for tensor in table.values():
+                    self._constants[id(tensor)] = layer
+        self._constants.pop(id(None), None)
+        self._modules = {}      # id to _Module, of those that have run
+        self._sites = {}
+        self._known = {}        # id of a tensor to _Known
         self._order = itertools.count(1)
-        self._stack = []        # (module, path) of the modules that run now
+        self._stack = []        # _Module for each module that runs now
         self._suspended = None  # the module that runs without us
         self._inside = 0        # registered activation modules that run now
         self._broken = False
@@ -177,8 +197,9 @@ class Capture(TorchFunctionMode):
                 super().__exit__(*exc)
         finally:
             self._suspended = None
-            self._trails.clear()
-            self._constants.clear()
+            self._stack.clear()
+            for table in (self._known, self._constants, self._modules, self._paths):
+                table.clear()
             self._exit.close()
 
     def _guard(self, function, *args):
@@ -196,143 +217,186 @@ class Capture(TorchFunctionMode):
     # --- the modules that run ----------------------------------------------
 
     def _entering(self, module, args):
-        path = self._paths.get(id(module))
-        if path is not None:
-            self._stack.append((module, path))
-            self._inside += type(module).__name__ in SATURATED_VALUES
-            if self._suspended is None and self._may_be_fast(module):
+        entered = self._modules.get(id(module)) or self._look_up(module)
+        if entered is not None:
+            self._stack.append(entered)
+            if entered.activation:
+                self._inside += 1
+            if entered.may_be_fast and self._suspended is None and self._is_fast(module):
                 super().__exit__(None, None, None)
                 self._suspended = module
 
+    def _look_up(self, module):
+        path = self._paths.get(id(module))
+        if path is None:
+            return None
+        name = type(module).__name__
+        entered = self._modules[id(module)] = _Module(
+            module, path, name if name in SATURATED_VALUES else None, isinstance(module, _FAST_PATHS))
+        return entered
+
     def _leaving(self, module, args, *kwargs_and_output):
-        if not any(entered is module for entered, _ in self._stack):
+        if not self._stack or self._stack[-1].module is not module and not any(
+                entered.module is module for entered in self._stack):
             return
         entered = None
-        while entered is not module:  # an exception may have left more than one
-            entered, path = self._stack[-1]
+        while entered is None or entered.module is not module:  # an exception may have left more than one
+            entered = self._stack.pop()
             # After an exception torch gives neither kwargs nor output.
-            returned = entered is module and len(kwargs_and_output) == 2
-            if self._suspended is entered:
+            returned = entered.module is module and len(kwargs_and_output) == 2
+            if self._suspended is entered.module:
                 self._suspended = None
                 super().__enter__()
                 if returned:
-                    self._guard(self._look_apart, module, path, args, *kwargs_and_output)
-            name = type(entered).__name__
-            if name in SATURATED_VALUES:
+                    self._guard(self._look_apart, entered, args, *kwargs_and_output)
+            if entered.activation:
                 self._inside -= 1
                 if returned:
-                    output = kwargs_and_output[1]
-                    self._guard(self._report, name, saturated_values(name), self._trail_of([output]), output)
-            self._stack.pop()
+                    self._guard(self._report_module, entered, kwargs_and_output[1])
 
-    def _may_be_fast(self, module):
-        return (isinstance(module, _FAST_PATHS) and not module.training
-                and not torch.is_grad_enabled() and _get_current_function_mode() is self)
+    def _is_fast(self, module):
+        return (not module.training and not torch.is_grad_enabled()
+                and _get_current_function_mode() is self)
 
-    def _look_apart(self, module, path, args, kwargs, output):
+    def _look_apart(self, entered, args, kwargs, output):
         """ What ran without us runs once more, for the look only. """
-        outputs = list(_tensors([output]))
-        if isinstance(module, nn.MultiheadAttention):  # it has no activation
-            self.unseen[path] = 'scaled_dot_product_attention'
-            self._start(path, outputs[:1], -1)
+        outputs = _tensors([output])
+        if isinstance(entered.module, nn.MultiheadAttention):  # it has no activation
+            self.unseen[entered.path] = 'scaled_dot_product_attention'
+            self._start(entered.path, outputs[:1], -1)
         elif outputs and not any(x.is_nested for x in _tensors([args, kwargs])):
-            self._suspended = module  # so that nothing inside is suspended again
+            self._stack.append(entered)
+            self._suspended = entered.module  # so that nothing inside is suspended again
             try:
-                apart = module.forward(*args, **kwargs)
+                apart = entered.module.forward(*args, **kwargs)
             finally:
                 self._suspended = None
-            trail = self._trail_of([apart])
+                self._stack.pop()
+            trail = self._trail_of(_tensors([apart]))
             if trail is not None:
                 self._remember(outputs[0], trail)
 
     # --- the functions that are called -------------------------------------
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        output = func(*args, **kwargs)
+        output = func(*args, **kwargs) if kwargs else func(*args)
         # Activation checkpointing runs the forward again inside backward.
         if not self._broken and torch._C._current_graph_task_id() == -1:
-            self._guard(self._follow, func, args, kwargs, output)
+            self._guard(self._follow, func, args, kwargs or {}, output)
         return output
 
+    # This runs for each call of a torch function: it has to be cheap.
     def _follow(self, func, args, kwargs, output):
-        outputs = [x for x in _tensors([output]) if x.is_floating_point()]
+        if isinstance(output, torch.Tensor):
+            outputs = [output] if output.is_floating_point() else None
+        elif isinstance(output, (tuple, list)):
+            outputs = [x for x in _tensors(output) if x.is_floating_point()]
+        else:
+            outputs = None
         if not outputs or torch._C._functorch.peek_interpreter_stack() is not None:
             return
-        name = func.__name__
-        if name == '__get__':  # a property, such as x.T
-            name = getattr(func.__self__, '__name__', '')
-        name = name if name.startswith('__') else name.removesuffix('_')
-        inputs = list(_tensors([args, kwargs]))
-        owners = [self._constants.get(id(x), (None, None))[1] for x in inputs]
-        path = self._stack[-1][1] if self._stack else ''
+        name = _name_of(func)
+        path = self._stack[-1].path if self._stack else ''
         if name in FUSED_FUNCTIONS:
             self.unseen[path] = name
+        inputs = _tensors(args)
+        if kwargs:
+            inputs += _tensors(kwargs.values())
+        source = trail = None
+        owners = []  # of those inputs that are weights, or made of weights alone
+        for x in inputs:
+            known = self._known.get(id(x))
+            if known is None:
+                owner = self._constants.get(id(x))
+                # Sharding replaces parameters just before they are used.
+                owners.append(path if owner is None and isinstance(x, nn.Parameter) else owner)
+            else:
+                owners.append(known.owner)
+                if known.trail is not None and (trail is None or known.trail.run.order > trail.run.order):
+                    source, trail = x, known.trail
         is_constant = bool(inputs) and None not in owners
-        weights = [owner for owner in owners if owner is not None]
-        if name in LAYER_FUNCTIONS and (LAYER_FUNCTIONS[name] or (weights and not is_constant)):
-            self._start(weights[0] if weights else path, outputs, layer_axis(name, args, kwargs, owners, output))
-            trail = None
+        if name in LAYER_FUNCTIONS and (LAYER_FUNCTIONS[name] or (not is_constant and any(
+                owner is not None for owner in owners))):
+            layer = next((owner for owner in owners if owner is not None), path)
+            self._start(layer, outputs, layer_axis(name, args, kwargs, owners, output))
         elif is_constant:
             for x in outputs:
-                self._constants.setdefault(id(x), (weakref.ref(x, self._forget(self._constants, id(x))), owners[0]))
-            return
-        else:
-            trail = self._trail_of(inputs)
-            if trail is None and name in NORM_AXIS:
-                self._start(path, outputs, NORM_AXIS[name])
-            elif trail is not None:
-                source = next(x for x in inputs if self._trail_of([x]) is trail)
-                for x in outputs:
-                    axis = follow_axis(name, args, kwargs, source, trail.axis, x)
-                    extent = trail.extent
-                    if name in SLICES and x.numel() < source.numel() and x.shape[axis] == source.shape[trail.axis]:
-                        extent = next(self._order)
-                    self._remember(x, _Trail(trail.run, axis, extent))
-        if name in SATURATED_VALUES:
-            self._report(name, saturated_values(name, args, kwargs), self._trail_of(outputs), outputs[0])
+                if id(x) not in self._constants:
+                    self._remember(x, None, owners[0])
+            return  # an activation of weights has no samples
+        elif trail is not None:
+            for x in outputs:
+                place, extent = follow_units(name, args, kwargs, source, trail.place, x), trail.extent
+                if name in SLICES and x.ndim and x.numel() < source.numel() and (
+                        x.shape[place.axis] == source.shape[trail.place.axis]):
+                    extent = next(self._order)
+                same = place is trail.place and extent == trail.extent
+                self._remember(x, trail if same else _Trail(trail.run, place, extent))
+        elif name in NORM_AXIS:
+            self._start(path, outputs, NORM_AXIS[name])
+        if name in SATURATED_VALUES and not self._inside:
+            self._report(name, saturated_values(name, args, kwargs), outputs[0])
 
     def _start(self, layer, outputs, axis):
         """ A layer ran: everything made of its output leads back to here. """
         run = _Run(layer, next(self._order))
         for x in outputs:
             if x.ndim:
-                self._remember(x, _Trail(run, axis % x.ndim))
+                self._remember(x, _Trail(run, Place(axis % x.ndim, x.shape[axis])))
 
     def _trail_of(self, tensors):
         """ The trail of the layer that ran last. """
-        trails = [self._trails[id(x)][1] for x in _tensors(tensors) if id(x) in self._trails]
+        trails = [known.trail for known in map(self._known.get, map(id, tensors)) if known and known.trail]
         return max(trails, key=lambda trail: trail.run.order, default=None)
 
-    def _remember(self, tensor, trail):
+    def _remember(self, tensor, trail, owner=None):
         key = id(tensor)
-        self._trails[key] = weakref.ref(tensor, self._forget(self._trails, key)), trail
+        known = self._known.get(key)
+        if known is None or known() is not tensor:
+            known = self._known[key] = _Known(tensor, self._forget)
+            known.key = key
+        known.trail = trail
+        known.owner = owner
 
-    @staticmethod
-    def _forget(table, key):
-        def forget(ref):
-            # Not if the id has been given to a new tensor meanwhile.
-            if table.get(key, (None,))[0] is ref:
-                del table[key]
-        return forget
+    def _forget(self, known):
+        # Not if the id has been given to a new tensor meanwhile.
+        if self._known.get(known.key) is known:
+            del self._known[known.key]
 
-    def _report(self, name, values, trail, output):
-        if self._inside or values is None or not isinstance(output, torch.Tensor) or not _can_be_read(output):
+    def _report_module(self, entered, output):
+        if not self._inside and isinstance(output, torch.Tensor):
+            self._stack.append(entered)
+            try:
+                with torch._C.DisableTorchFunction():  # unlike a call, a hook runs under our mode
+                    self._report(entered.activation, saturated_values(entered.activation), output)
+            finally:
+                self._stack.pop()
+
+    def _report(self, name, values, output):
+        if not _can_be_read(output):
             return
-        module, path = self._stack[-1] if self._stack else (None, '')
-        layer, axis, nth = '', default_axis(output), 0
-        if trail is not None:
-            layer, axis = trail.run.layer, trail.axis
-            key = (path, name, trail.extent)
-            nth = trail.run.calls[key]
-            trail.run.calls[key] += 1
-        if output.numel():
-            # A module without layers of its own goes by its path alone:
-            # nn.ReLU, or a user's own.
-            is_module = bool(path) and next(module.children(), None) is None and all(
-                param.ndim < 2 for param in module.parameters())
-            site = Site(path, name, layer, nth, output.shape[axis], is_module)
-            with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
+        entered = self._stack[-1] if self._stack else None
+        path = entered.path if entered else ''
+        trail = self._trail_of([output])
+        if trail is None:
+            layer, axis, nth = '', default_axis(output), 0
+        else:
+            layer, axis = trail.run.layer, trail.place.axis
+            key = path, name, trail.extent
+            nth = trail.run.calls.get(key, 0)
+            trail.run.calls[key] = nth + 1
+        if not output.numel():
+            return
+        key = path, name, layer, nth, output.shape[axis]
+        site = self._sites.get(key)
+        if site is None:
+            site = self._sites[key] = Site(*key, is_module=entered is not None and _is_leaf(entered))
+        device = output.device.type
+        with torch.no_grad():
+            if torch.is_autocast_enabled(device):
+                with torch.autocast(device, enabled=False):
+                    self._observe(site, output.detach(), axis, values)
+            else:
                 self._observe(site, output.detach(), axis, values)
 
 
@@ -368,16 +432,40 @@ def _eager():
     return contextlib.nullcontext()
 
 
+def _is_leaf(entered):
+    """ Whether a module goes by its path alone: nn.ReLU, or a user's own without layers. """
+    return bool(entered.path) and not entered.module._modules and all(
+        param.ndim < 2 for param in entered.module.parameters())
+
+
 def _can_be_read(tensor):
     return (tensor.ndim > 0 and tensor.layout is torch.strided and tensor.is_floating_point()
             and not tensor.is_meta and not tensor.is_nested)
 
 
 def _tensors(items):
+    """ All tensors in any nesting of lists, tuples and dicts. """
+    found = []
     for item in items:
         if isinstance(item, torch.Tensor):
-            yield item
+            found.append(item)
         elif isinstance(item, (list, tuple)):
-            yield from _tensors(item)
+            found += _tensors(item)
         elif isinstance(item, dict):
-            yield from _tensors(item.values())
+            found += _tensors(item.values())
+    return found
+
+
+@functools.lru_cache(maxsize=1024)
+def _name_of(func):
+    """ As we know it: without the underscore of an in-place function. """
+    name = func.__name__
+    if name == '__get__':  # a property, such as x.T
+        name = getattr(func.__self__, '__name__', '')
+    return name if name.startswith('__') else name.removesuffix('_')
+
+
+def _layer_path(path):
+    """ The layer whose weight a parametrization makes. """
+    parts = path.split('.')
+    return '.'.join(parts[:parts.index('parametrizations')]) if 'parametrizations' in parts else path

@@ -15,7 +15,8 @@ class Result:
         value (Tensor): 0-d, the value of the whole network
         names (List[str]): the layers or sites
         columns (Dict[str, Tensor | List[float]]): for each layer a number;
-            'value' is one of them.
+            'value' is one of them. What is 0 in another column is not
+            written, so that 'nonfinite' is there only where it says something.
 
     Example:
         >>> from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._metric import Result
@@ -50,24 +51,24 @@ class Metric:
     dear = True
     tags = ()
 
-    def why_not(self, name, tensor):
+    def why_not(self, tensor):
         """
         Why a weight cannot be measured by this metric.
 
         Args:
-            name (str): of the layer
             tensor (Tensor): the weight
 
         Returns:
             str | None: None if it can be
         """
 
-    def statistics(self, tensors):
+    def statistics(self, tensors, scale=1.):
         """
         Statistics of weights or gradients.
 
         Args:
             tensors (Dict[str, Tensor]): layer name to tensor
+            scale (float): what gradients are multiplied by, under a GradScaler
 
         Returns:
             Dict[str, Dict[str, Tensor]]: see the class

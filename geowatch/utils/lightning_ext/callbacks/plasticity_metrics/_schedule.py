@@ -1,29 +1,40 @@
 """
-When a metric is due: 'epoch', a number of steps, or a duration.
+When a metric is due: every so many steps, at the end of each epoch, or every so much time.
 """
-import time
-
-from kwutil import util_time
+import math
 
 
 class Schedule:
     """
-    Decides at each optimizer step whether a metric is measured.
+    Keeps account of when one metric is to be measured.
+
+    A measurement is owed from the step on at which it falls due until it is
+    made, so that what has to wait, as activations for the next validation,
+    is not lost.
 
     Args:
         interval (int | str): a number of optimizer steps, 'epoch' (the last
-            step of each epoch), or a duration such as '5 minutes'.
+            step of each epoch), or a duration such as '5 minutes'. An epoch
+            that the interval would skip is measured at its last step.
+
+    Attributes:
+        owed (bool): whether a measurement is due and not made yet
+        measured (bool): whether one was made in this epoch
+        seconds (float | None): the duration, if that is what was given
 
     Raises:
         ValueError: if the interval cannot be read or is not positive
 
     Example:
         >>> from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._schedule import Schedule
-        >>> every = Schedule(3)
-        >>> [every.is_due(step, last=step == 7) for step in range(8)]
-        [False, False, True, False, False, True, False, False]
-        >>> Schedule('epoch').is_due(6, last=True)
-        True
+        >>> every, steps = Schedule(3), []
+        >>> for step in range(8):
+        >>>     every.tick(step, last=step == 7)
+        >>>     if every.owed:
+        >>>         steps.append(step)
+        >>>         every.done()
+        >>> steps
+        [2, 5]
         >>> Schedule('5 minutes').seconds
         300.0
     """
@@ -39,49 +50,112 @@ class Schedule:
             valid = True
         else:
             self.seconds = _seconds(text)
-            valid = self.seconds is not None and 0 < self.seconds < float('inf')
+            valid = self.seconds is not None and 0 < self.seconds < math.inf
         if not valid or isinstance(interval, bool):
             raise ValueError(
                 "Expected an interval to be a positive number of steps, 'epoch', 'auto', "
                 f"or a duration such as '5 minutes', but got {interval!r}")
-        self.start_epoch()
-        self._last_time = time.monotonic()
+        self.owed = self.measured = False
+        self.since = None
+        self._step = self._done_step = None
 
     def start_epoch(self):
         """ Note that nothing has been measured in this epoch yet. """
-        self._measured = False
+        self.measured = False
 
-    def is_due(self, step, last=False):
+    def tick(self, step, last=False, now=None):
         """
-        Whether to measure at this step.
-
-        An interval that would skip a whole epoch is cut short by the epoch's
-        last step, so that short epochs log as well.
+        Note that a step begins, or goes on with a micro-batch; see `owed` for the outcome.
 
         Args:
             step (int): index of the optimizer step, from 0
             last (bool): True if it is the last one of the epoch
-
-        Returns:
-            bool
+            now (float | None): seconds on a clock that all processes share;
+                None if this is no moment to compare it
         """
+        if step == self._done_step:
+            return
+        self._step = step
         if self.steps is not None:
             due = (step + 1) % self.steps == 0
-        elif self.seconds is not None:
-            due = time.monotonic() - self._last_time >= self.seconds
+        elif self.seconds is not None and now is not None:
+            if self.since is None:
+                self.since = now
+            due = now - self.since >= self.seconds
         else:
             due = False
-        due = due or (last and not self._measured)
-        if due:
-            self._measured = True
-            self._last_time = time.monotonic()
-        return due
+        if due or (last and not self.measured):
+            self.owed = True
+
+    def done(self, now=None):
+        """
+        Note that the measurement is made.
+
+        Args:
+            now (float | None): seconds on the clock, see :func:`tick`
+        """
+        self.owed, self.measured, self._done_step = False, True, self._step
+        if self.seconds is not None and now is not None:
+            self.since = now
+
+    def state_dict(self, now=None):
+        """ What a checkpoint needs: plain values. """
+        elapsed = None if self.since is None or now is None else now - self.since
+        return {'owed': self.owed, 'measured': self.measured, 'elapsed': elapsed}
+
+    def load_state_dict(self, state, now=None):
+        """ Go on from a checkpoint, also from one with other keys. """
+        self.owed = bool(state.get('owed', False))
+        self.measured = bool(state.get('measured', False))
+        if state.get('elapsed') is not None and now is not None:
+            self.since = now - float(state['elapsed'])
 
 
 def _seconds(text):
+    from kwutil import util_time
     if not text[:1].isdigit():
         return None  # kwutil reads '' as a second
     try:
         return util_time.timedelta.coerce(text).total_seconds()
     except Exception:  # it raises plain Exception for what it cannot read
         return None
+
+
+class Poll:
+    """
+    When to ask all processes next how far they are.
+
+    Each answer costs a collective, so that the next question comes when, at
+    the pace so far, half of what is missing is done, and at once where that is
+    less than a step. All processes compute the same from the same answers.
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._schedule import Poll
+        >>> poll, asked = Poll(), []
+        >>> for step in range(100):
+        >>>     if poll.is_due(step):
+        >>>         asked.append(step)
+        >>>         poll.answer(step, progress=step / 80)
+        >>> asked[:9]
+        [0, 1, 40, 60, 70, 75, 77, 78, 79]
+    """
+
+    def __init__(self):
+        self._next = 0
+        self._start = None
+
+    def is_due(self, step):
+        """ Whether to ask at this step (int). """
+        return step >= self._next
+
+    def answer(self, step, progress):
+        """
+        Args:
+            step (int): at which all were asked
+            progress (float): how much is done, 1 for all
+        """
+        if self._start is None:
+            self._start = step
+        steps = step - self._start
+        left = (1 - progress) * steps / progress if progress > 0 else 0
+        self._next = step + max(1, int(left / 2))

@@ -7,6 +7,9 @@ References:
 """
 import torch
 
+# Numbers that are held in float64 at once: 32 MB.
+_CHUNK = 1 << 22
+
 
 def gram(matrix, side):
     """
@@ -33,11 +36,16 @@ def gram(matrix, side):
     matrix = matrix.detach()
     if matrix.device.type == 'mps':
         matrix = matrix.cpu()
+    tall = matrix if side == 'columns' else matrix.mT
+    width = tall.shape[1]
+    total = tall.new_zeros(width, width, dtype=torch.float64)
     # Inside autocast a float32 product would become bfloat16. float64 is not
     # cast today, but nothing promises that.
     with torch.autocast(matrix.device.type, enabled=False):
-        matrix = matrix.to(torch.float64)
-        return matrix.mT @ matrix if side == 'columns' else matrix @ matrix.mT
+        for rows in tall.split(max(1, _CHUNK // max(1, width))):
+            rows = rows.to(torch.float64)
+            total.addmm_(rows.mT, rows)
+    return total
 
 
 def smaller_side(matrix):
@@ -67,35 +75,69 @@ def entropy_rank(gram_matrix):
     0 log 0 = 0.
 
     Args:
-        gram_matrix (Tensor): float64, symmetric, of shape (d, d)
+        gram_matrix (Tensor): float64, symmetric, of shape (..., d, d)
 
     Returns:
-        Tensor: 0-d float64. 0 for a zero or empty matrix, nan where an entry
-            is not finite.
+        Tensor: float64, of shape (...). 0 for a zero or empty matrix, nan
+            where an entry is not finite or the solver fails.
 
     Example:
         >>> from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._spectrum import entropy_rank
         >>> import torch
         >>> round(entropy_rank(torch.eye(4, dtype=torch.float64)).item(), 6)
         4.0
-        >>> entropy_rank(torch.zeros(3, 3, dtype=torch.float64)).item()
-        0.0
+        >>> entropy_rank(torch.zeros(2, 3, 3, dtype=torch.float64)).tolist()
+        [0.0, 0.0]
     """
     if gram_matrix.numel() == 0:
-        return gram_matrix.new_zeros(())
-    finite = gram_matrix.isfinite().all()
+        return gram_matrix.new_zeros(gram_matrix.shape[:-2])
+    finite = gram_matrix.isfinite().flatten(-2).all(-1)
     # LAPACK may hang or abort on a non-finite number: it never sees one.
-    safe = torch.where(finite, gram_matrix, 0.)
+    safe = torch.where(finite[..., None, None], gram_matrix, 0.)
     # A common factor does not change p, and keeps tiny and huge matrices
     # inside the range where the solver is accurate.
-    scale = safe.diagonal().max()
-    safe = safe / torch.where(scale > 0, scale, 1.)
-    singular = torch.linalg.eigvalsh(safe).clamp(min=0).sqrt()
-    total = singular.sum()
-    p = singular / torch.where(total > 0, total, 1.)
-    rank = torch.special.entr(p).sum().exp()
+    scale = safe.diagonal(dim1=-2, dim2=-1).amax(-1)
+    safe = safe / torch.where(scale > 0, scale, 1.)[..., None, None]
+    try:
+        singular = torch.linalg.eigvalsh(safe).clamp(min=0).sqrt()
+    except torch.linalg.LinAlgError:
+        return torch.full_like(scale, torch.nan)
+    total = singular.sum(-1)
+    p = singular / torch.where(total > 0, total, 1.)[..., None]
+    rank = torch.special.entr(p).sum(-1).exp()
     rank = torch.where(total > 0, rank, 0.)
     return torch.where(finite, rank, torch.nan)
+
+
+def entropy_ranks(grams):
+    """
+    Effective ranks of several matrices.
+
+    On a GPU, matrices of one size go to the solver in one batch; on a CPU one
+    after the other is faster (8 of 128 x 128: 3.3 ms, against 5.4 in a batch).
+
+    Args:
+        grams (List[Tensor]): float64, each of shape (d, d) for some d
+
+    Returns:
+        Tensor: float64, of shape (len(grams),)
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._spectrum import entropy_ranks
+        >>> import torch
+        >>> [round(x, 6) for x in entropy_ranks([torch.eye(2).double(), torch.eye(3).double()]).tolist()]
+        [2.0, 3.0]
+    """
+    if not grams:
+        return torch.zeros(0, dtype=torch.float64)
+    if grams[0].device.type == 'cpu':
+        return torch.stack([entropy_rank(g) for g in grams])
+    ranks = [None] * len(grams)
+    for size in {g.shape[0] for g in grams}:
+        where = [i for i, g in enumerate(grams) if g.shape[0] == size]
+        for i, rank in zip(where, entropy_rank(torch.stack([grams[i] for i in where])), strict=True):
+            ranks[i] = rank
+    return torch.stack(ranks)
 
 
 def effective_rank(matrix):

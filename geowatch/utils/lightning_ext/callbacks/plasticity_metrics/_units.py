@@ -4,7 +4,18 @@ On which axis of a tensor the units are.
 A unit is a feature of a linear layer or a channel of a convolution. The axis
 starts at the layer that produces a tensor and is followed through whatever
 comes before the activation: norms, dropout, sums, permutations, reshapes.
+
+Where it cannot be known, these are the rules:
+
+* No layer before the activation, nor a norm: axis 1 of images and volumes (4 or
+  5 dimensions), else the last.
+* A reshape that splits the units over two axes: of features, the last part; of
+  channels, the first one. One that only takes apart what an earlier one had put
+  together is followed exactly.
+* A product of two activations, as in attention: the last axis.
+* An indexing or reduction that removes the axis of the units: the last axis.
 """
+from typing import NamedTuple
 
 # Functions that run a layer. True: always; False: only when one operand is a
 # weight, since a product of two activations, as in attention, is no layer.
@@ -26,6 +37,21 @@ NORM_AXIS = {'batch_norm': 1, 'instance_norm': 1, 'group_norm': 1, 'layer_norm':
 SLICES = {'__getitem__', 'select', 'narrow', 'chunk', 'split', 'split_with_sizes', 'tensor_split',
           'unbind', 'index_select', 'unsafe_chunk', 'unsafe_split'}
 _RESHAPES = {'reshape', 'view', 'flatten', 'unflatten', 'reshape_as', 'view_as', 'ravel'}
+
+
+class Place(NamedTuple):
+    """
+    Where the units are in a tensor.
+
+    Attributes:
+        axis (int): not negative
+        units (int): how many the layer made
+        step (int): how many neighbours on the axis belong to one unit, more
+            than 1 after a reshape put units and positions on one axis
+    """
+    axis: int
+    units: int
+    step: int = 1
 
 
 def default_axis(tensor):
@@ -83,36 +109,51 @@ def layer_axis(name, args, kwargs, owners, output):
     return -1
 
 
-def follow_axis(name, args, kwargs, source, axis, output):
+def follow_units(name, args, kwargs, source, place, output):
     """
-    The axis of the units after a call that may have moved it.
+    Where the units are after a call that may have moved them.
 
     Args:
         name (str): of the function
         args (tuple): of the call
         kwargs (dict): of the call
-        source (Tensor): the input whose units are on `axis`
-        axis (int): not negative
+        source (Tensor): the input that has the units
+        place (Place): where they are in `source`
         output (Tensor): what the call returned
 
     Returns:
-        int: not negative for tensors of one or more dimensions
+        Place:
 
     Example:
-        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._units import follow_axis
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._units import Place, follow_units
         >>> import torch
         >>> x = torch.empty(2, 4, 4, 4)
-        >>> follow_axis('permute', (x, (0, 2, 3, 1)), {}, x, 1, x.permute(0, 2, 3, 1))
+        >>> channels = Place(axis=1, units=4)
+        >>> follow_units('permute', (x, (0, 2, 3, 1)), {}, x, channels, x.permute(0, 2, 3, 1)).axis
         3
-        >>> follow_axis('flatten', (x, 2), {}, x, 1, x.flatten(2))
+        >>> follow_units('mean', (x, (2, 3)), {}, x, channels, x.mean((2, 3))).axis
         1
-        >>> follow_axis('mean', (x, (2, 3)), {}, x, 1, x.mean((2, 3)))
-        1
+        >>> # One axis of frames and channels, and apart again
+        >>> together = follow_units('reshape', (), {}, x, Place(axis=1, units=4), x.reshape(8, 4, 4))
+        >>> together
+        Place(axis=0, units=4, step=1)
+        >>> follow_units('reshape', (), {}, x.reshape(8, 4, 4), together, x)
+        Place(axis=1, units=4, step=1)
     """
+    axis = place.axis
+    if output.shape == source.shape and name not in _PRODUCTS and output.stride() == source.stride():
+        return place  # by far the most calls
     if not output.ndim:
-        return 0
+        return place._replace(axis=0)
+    if name in _RESHAPES and output.numel() == source.numel():
+        return _reshaped(source.shape, place, output.shape)
+    axis = _moved_axis(name, args, kwargs, source, axis, output)
+    return place if axis == place.axis else place._replace(axis=axis)
+
+
+def _moved_axis(name, args, kwargs, source, axis, output):
     units, last = source.shape[axis], output.ndim - 1
-    if name in _PRODUCTS or name in {'scaled_dot_product_attention'}:
+    if name in _PRODUCTS or name == 'scaled_dot_product_attention':
         return last
     if _is_view(source, output):
         # A view keeps the stride of an axis, wherever it goes.
@@ -120,8 +161,6 @@ def follow_axis(name, args, kwargs, source, axis, output):
                 if size == units and output.stride(i) == source.stride(axis)]
         if same:
             return axis if axis in same else same[-1]
-    if name in _RESHAPES:
-        return _reshaped_axis(source.shape, axis, output.shape)
     if name in {'permute', 'transpose', 'swapaxes', 'swapdims', 'movedim', 'moveaxis', 't', 'mT', 'T'}:
         return last  # a part of the units is not on one axis any more
     if name == 'stack':
@@ -149,16 +188,24 @@ def _is_view(source, output):
         return False
 
 
-def _reshaped_axis(before, axis, after):
-    """ A reshape keeps the order of the elements: the axis that has as many of them behind it. """
-    inner = 1
+def _reshaped(before, place, after):
+    """ A reshape keeps the order of the elements, and so how many of them are behind one unit. """
+    axis, units, step = place
+    inner = step
     for size in before[axis + 1:]:
         inner *= size
-    covering, behind = len(after) - 1, 1
+    first = last = len(after) - 1
+    behind = step_of_last = 1
     for i in reversed(range(len(after))):
-        if behind == inner and after[i] == before[axis]:
-            return i
+        if behind == inner and after[i] == units:
+            return Place(i, units)
         if behind <= inner < behind * after[i]:
-            covering = i
+            last, step_of_last = i, inner // behind
+        if behind < inner * units <= behind * after[i]:
+            first = i
         behind *= after[i]
-    return covering
+    # Where units are split: features take the last part, as in the heads of
+    # attention; channels the first, as a pixel shuffle makes positions of the others.
+    if first == last or axis == len(before) - 1:
+        return Place(last, units, step_of_last)
+    return Place(first, after[first])

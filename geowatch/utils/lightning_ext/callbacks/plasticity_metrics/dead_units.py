@@ -5,7 +5,7 @@ Dead units: those that sit at a saturated value on every sample.
 
 pooled over all layers. A unit is a feature of a linear layer or a channel of a
 convolution; a sample is an example, a token, a pixel. Which output values are
-saturated is listed in :data:`._activations.SATURATED_VALUES`. Exact for
+saturated is listed in :data:`._saturation.SATURATED_VALUES`. Exact for
 piecewise-linear functions, within epsilon for smooth ones.
 
 References:
@@ -14,10 +14,10 @@ References:
 """
 import torch
 
-from ._result import Result, total
+from ._metric import Metric, Result
 
 
-class DeadUnits:
+class DeadUnits(Metric):
     """
     Fraction of units that are saturated on every sample [Dohare2024]_.
 
@@ -27,10 +27,10 @@ class DeadUnits:
         >>> from geowatch.utils.lightning_ext.callbacks.plasticity_metrics.dead_units import DeadUnits
         >>> import torch
         >>> metric, stats = DeadUnits(), {}
-        >>> metric.observe(stats, 'fc1', torch.tensor([[0., 1.], [0., 0.]]), (0.,))
+        >>> metric.observe(stats, 'fc1', torch.tensor([[0., 1.], [0., 0.]]), 1, (0.,))
         >>> result = metric.compute(stats)['dead_units']
-        >>> float(result.value), float(result.layers['fc1']['units'])
-        (0.5, 2.0)
+        >>> float(result.value), result.columns['units']
+        (0.5, [2])
     """
     name = 'dead_units'
     tags = ('dead_units',)
@@ -38,42 +38,25 @@ class DeadUnits:
     dear = True
     epsilon = 1e-6
 
-    def observe(self, stats, site, features, saturated):
-        """
-        Add one call of an activation function to the statistics.
-
-        Args:
-            stats (Dict[Any, Dict[str, Tensor]]): changed in place
-            site (Any): key of the site
-            features (Tensor): of shape (rows, units)
-            saturated (Tuple[float, ...]): output values that count as dead
-        """
+    def observe(self, stats, site, output, axis, saturated):
+        """ See :class:`Metric`; field 'away' of shape (values, units). """
         if not saturated:
             return
-        # Rows away from the value, for each value and unit: a sum, so that
-        # batches and processes add up, where a minimum would not.
-        away = torch.stack([
-            ((features - value).abs() > self.epsilon).sum(dim=0) for value in saturated
-        ]).double()
-        rows = torch.tensor(float(len(features)), dtype=torch.float64, device=away.device)
-        seen = stats.get(site)
-        stats[site] = ({'away': away, 'rows': rows} if seen is None else
-                       {'away': seen['away'] + away, 'rows': seen['rows'] + rows})
+        others = [dim for dim in range(output.ndim) if dim != axis % output.ndim]
+        high, low = (output.amax(others), output.amin(others)) if others else (output, output)
+        high, low = high.float(), low.float()
+        # How many calls had a sample away from the value: a sum, so that
+        # batches and processes add up, where a minimum would not. NaN passes
+        # neither comparison, so that it counts as away.
+        away = torch.stack([~((high <= value + self.epsilon) & (low >= value - self.epsilon)) for value in saturated])
+        if site in stats:
+            stats[site]['away'] += away
+        else:
+            stats[site] = {'away': away.float()}
 
     def compute(self, stats):
-        """
-        Values from statistics.
-
-        Args:
-            stats (Dict[str, Dict[str, Tensor]]): see :func:`observe`
-
-        Returns:
-            Dict[str, Result]: for each tag
-        """
-        pooled, layers = {}, {}
-        for name, s in stats.items():
-            dead = (s['away'] == 0).any(dim=0).double().sum()
-            units = torch.tensor(float(s['away'].shape[1]), dtype=torch.float64)
-            pooled[name] = {'dead': dead, 'units': units}
-            layers[name] = {'value': dead / units, 'units': units}
-        return {'dead_units': Result(total(pooled, 'dead') / total(pooled, 'units'), layers)}
+        """ See :class:`Metric`. """
+        units = [s['away'].shape[1] for s in stats.values()]
+        dead = torch.stack([(s['away'] == 0).any(0).sum() for s in stats.values()]).double()
+        share = dead / torch.tensor(units, dtype=torch.float64).to(dead.device)
+        return {'dead_units': Result(dead.sum() / sum(units), list(stats), {'value': share, 'units': units})}

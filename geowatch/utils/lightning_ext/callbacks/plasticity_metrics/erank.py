@@ -8,13 +8,12 @@ References:
     .. [Roy2007] Roy and Vetterli, "The effective rank: a measure of effective
        dimensionality", EUSIPCO 2007.
 """
-import torch
+from ._metric import Metric, Result, finite_mean
+from ._spectrum import entropy_ranks, gram, smaller_side
+from ._weights import is_sharded, local_part, sharded_axis
 
-from . import _spectrum
-from ._result import Result
 
-
-class ERank:
+class ERank(Metric):
     """
     Effective rank of each weight matrix; the network value is their mean.
 
@@ -26,41 +25,32 @@ class ERank:
         >>> metric = ERank()
         >>> weights = {'a': torch.eye(4), 'b': torch.ones(3, 2)}
         >>> result = metric.compute(metric.statistics(weights))['erank']
-        >>> round(float(result.value), 6)
-        2.5
+        >>> round(float(result.value), 6), result.names
+        (2.5, ['a', 'b'])
     """
     name = 'erank'
     tags = ('erank',)
     looks_at = 'weights'
     dear = True
 
-    def statistics(self, weights):
-        """
-        Gram matrix of every weight.
+    def why_not(self, tensor):
+        """ See :class:`Metric`. Gram matrices of column shards do not add up. """
+        if is_sharded(tensor) and any(p.is_shard() for p in tensor.placements) and sharded_axis(tensor) != 0:
+            return 'sharded by columns'
+        return None
 
-        Args:
-            weights (Dict[str, Tensor]): layer name to weight, at least 2-d
-
-        Returns:
-            Dict[str, Dict[str, Tensor]]: layer name to a float64 Gram matrix
-        """
+    def statistics(self, tensors, scale=1.):
+        """ See :class:`Metric`; field 'gram' of shape (d, d). """
         stats = {}
-        for name, weight in weights.items():
-            matrix = weight.detach().flatten(1)
-            stats[name] = {'gram': _spectrum.gram(matrix, _spectrum.smaller_side(matrix))}
+        for name, weight in tensors.items():
+            part, share = local_part(weight)
+            # Shards hold whole rows, of which only the column side adds up.
+            side = 'columns' if is_sharded(weight) else smaller_side(part.flatten(1))
+            matrix = gram(part.flatten(1), side)
+            stats[name] = {'gram': matrix if share == 1 else matrix * share}
         return stats
 
     def compute(self, stats):
-        """
-        Values from statistics.
-
-        Args:
-            stats (Dict[str, Dict[str, Tensor]]): see :func:`statistics`
-
-        Returns:
-            Dict[str, Result]: for each tag
-        """
-        layers = {name: {'value': _spectrum.entropy_rank(s['gram'])}
-                  for name, s in stats.items()}
-        value = torch.stack([layer['value'] for layer in layers.values()]).mean()
-        return {'erank': Result(value, layers)}
+        """ See :class:`Metric`. """
+        ranks = entropy_ranks([s['gram'] for s in stats.values()])
+        return {'erank': Result(finite_mean(ranks), list(stats), {'value': ranks})}

@@ -2,7 +2,9 @@
 Effective rank of the hidden features of every layer, and their mean.
 
 Rows are samples, columns are units; the features are those after the
-activation. Neither centred nor squared, see :mod:`.erank`.
+activation. Neither centred nor squared, see :mod:`.erank`. It cannot exceed
+the number of rows and is biased low below about 4 rows per unit, so that each
+layer's rows are recorded.
 
 References:
     .. [Dohare2024] Dohare et al., "Loss of plasticity in deep continual
@@ -10,61 +12,83 @@ References:
 """
 import torch
 
-from . import _spectrum
-from ._result import Result
+from ._metric import Metric, Result, column, finite_mean
+from ._spectrum import entropy_ranks, gram
 
 
-class FeatureERank:
+class FeatureERank(Metric):
     """
     Effective rank of post-activation features [Dohare2024]_.
 
-    Logs ``feature_erank``, the mean over layers.
+    Logs ``feature_erank``, the mean over layers. A layer with more than
+    `max_units` units is measured on a fixed random choice of so many, and
+    its record then has ``"units_used"``.
 
     Example:
         >>> from geowatch.utils.lightning_ext.callbacks.plasticity_metrics.feature_erank import FeatureERank
         >>> import torch
         >>> metric, stats = FeatureERank(), {}
-        >>> metric.observe(stats, 'fc1', torch.eye(3), (0.,))
-        >>> metric.observe(stats, 'fc1', torch.eye(3), (0.,))
-        >>> round(float(metric.compute(stats)['feature_erank'].value), 6)
-        3.0
+        >>> metric.observe(stats, 'fc1', torch.eye(3), 1, (0.,))
+        >>> metric.observe(stats, 'fc1', torch.eye(3), 1, (0.,))
+        >>> result = metric.compute(stats)['feature_erank']
+        >>> round(float(result.value), 6), result.columns['rows'].tolist()
+        (3.0, [6.0])
     """
     name = 'feature_erank'
     tags = ('feature_erank',)
     looks_at = 'activations'
     dear = True
-    max_rows = 4096
+    max_rows = 4096    # of one call
+    max_units = 2048   # 32 MB of Gram matrix
 
-    def observe(self, stats, site, features, saturated):
-        """
-        Add one call of an activation function to the statistics.
-
-        Args:
-            stats (Dict[Any, Dict[str, Tensor]]): changed in place
-            site (Any): key of the site
-            features (Tensor): of shape (rows, units). At most `max_rows` of
-                the rows, evenly strided, are used.
-            saturated (Tuple[float, ...]): unused
-        """
-        stride = max(1, -(-len(features) // self.max_rows))
-        rows = features[::stride]
-        gram = _spectrum.gram(rows, 'columns')
-        count = torch.tensor(float(len(rows)), dtype=torch.float64, device=gram.device)
+    def observe(self, stats, site, output, axis, saturated):
+        """ See :class:`Metric`; fields 'gram' (d, d), 'rows', 'bad' and 'capped', 0-d. """
+        rows = self._rows(output.movedim(axis, -1))
+        matrix = gram(rows, 'columns')
+        counts = {
+            'rows': len(rows),
+            # Non-finite numbers among the features: one makes the rank nan.
+            'bad': rows.numel() - rows.isfinite().sum(),
+            'capped': float(output.shape[axis] > self.max_units),
+        }
         seen = stats.get(site)
-        stats[site] = ({'gram': gram, 'rows': count} if seen is None else
-                       {'gram': seen['gram'] + gram, 'rows': seen['rows'] + count})
+        if seen is None:
+            zero = matrix.new_zeros(())
+            seen = stats[site] = {'gram': matrix, **{key: zero.clone() for key in counts}}
+        else:
+            seen['gram'] += matrix
+        for key, count in counts.items():
+            seen[key] += count
+
+    def _rows(self, features):
+        """ At most `max_rows` rows, evenly strided, of at most `max_units` units. """
+        *sizes, units = features.shape
+        count = features.numel() // units
+        stride = -(-count // self.max_rows)
+        if stride > 1:
+            # Row by row: to flatten an image with channels first would copy all of it.
+            chosen, index = torch.arange(0, count, stride, device=features.device), []
+            for size in reversed(sizes):
+                index.insert(0, chosen % size)
+                chosen = chosen // size
+            features = features[tuple(index)]
+        rows = features.reshape(-1, units)
+        if units > self.max_units:
+            rows = rows[:, _choice(units, self.max_units).to(rows.device)]
+        return rows
 
     def compute(self, stats):
-        """
-        Values from statistics.
+        """ See :class:`Metric`. """
+        grams = [s['gram'] for s in stats.values()]
+        ranks = entropy_ranks(grams)
+        rows, bad, capped = (column(stats, field) for field in ('rows', 'bad', 'capped'))
+        widths = torch.tensor([len(g) for g in grams], dtype=torch.float64).to(rows.device)
+        return {'feature_erank': Result(finite_mean(ranks), list(stats), {
+            'value': ranks, 'rows': rows, 'nonfinite': bad / (rows * widths),
+            'units_used': torch.where(capped > 0, widths, 0.)})}
 
-        Args:
-            stats (Dict[str, Dict[str, Tensor]]): see :func:`observe`
 
-        Returns:
-            Dict[str, Result]: for each tag
-        """
-        layers = {name: {'value': _spectrum.entropy_rank(s['gram']), 'rows': s['rows']}
-                  for name, s in stats.items()}
-        value = torch.stack([layer['value'] for layer in layers.values()]).mean()
-        return {'feature_erank': Result(value, layers)}
+def _choice(units, most):
+    """ The same choice on every batch, process and run, without touching the generators of the run. """
+    generator = torch.Generator().manual_seed(0)
+    return torch.randperm(units, generator=generator)[:most].sort().values

@@ -35,9 +35,14 @@ class GradMag(Metric):
     def __init__(self):
         self._cache = {}
 
-    def statistics(self, tensors):
+    def statistics(self, tensors, scale=1.):
         """ See :class:`Metric`; fields 'count', 'abs' and 'squares'. """
-        return sums(tensors, self._cache, squares=True)
+        stats = sums(tensors, self._cache, squares=True)
+        if scale != 1:
+            for own in stats.values():
+                own['abs'] = own['abs'] / scale
+                own['squares'] = own['squares'] / scale ** 2
+        return stats
 
     def compute(self, stats):
         """ See :class:`Metric`. """

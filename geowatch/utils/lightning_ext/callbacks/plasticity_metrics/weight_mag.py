@@ -37,7 +37,7 @@ class WeightMag(Metric):
     def __init__(self):
         self._cache = {}
 
-    def statistics(self, tensors):
+    def statistics(self, tensors, scale=1.):
         """ See :class:`Metric`; fields 'count' and 'abs'. """
         return sums(tensors, self._cache)
 
