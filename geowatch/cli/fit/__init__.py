@@ -15,10 +15,12 @@ PREFIX = 'plasticity_'
 
 class FitCLI(scfg.DataConfig):
     """
-    Train a fusion model.
+    Train a fusion model, and show whether it is losing its ability to learn.
 
-    All arguments but those listed here go untouched to the fusion CLI; see
-    ``python -m geowatch.tasks.fusion fit --help`` for them.
+    All arguments but those listed here go untouched to the fusion CLI. To see
+    the fusion CLI's own:
+
+        python -m geowatch.tasks.fusion fit --help
 
     Example:
         >>> from geowatch.cli.fit import FitCLI
@@ -56,6 +58,8 @@ class FitCLI(scfg.DataConfig):
     plasticity_per_layer = scfg.Value(None, isflag=True, help='log every layer to TensorBoard too')
 
     def argparse(self, parser=None, **kwargs):
+        # The modal command of the host makes its parser here, and refuses what
+        # that parser does not know: it is shown our own arguments only.
         parser = super().argparse(parser, **kwargs)
         parse_ours = parser.parse_known_args
 
@@ -91,7 +95,7 @@ class FitCLI(scfg.DataConfig):
             List[str]: empty if no plasticity flag is given
 
         Raises:
-            ValueError: if a flag cannot be read
+            PlasticityConfigError: if a flag cannot be read
         """
         given = {key.removeprefix(PREFIX): value for key, value in self.items() if value is not None}
         if not given:
@@ -121,17 +125,30 @@ class FitCLI(scfg.DataConfig):
         else:
             fusion_args = kwargs.pop('fusion_args', [])
             config = cls(**kwargs)
+        from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import PlasticityConfigError
+        # Wrong settings end the command with code 2, be they found in a flag,
+        # in the config or, as a layer that is not there, with the model.
+        PlasticityConfigError.handler = _error
         try:
             args = ['fit', *fusion_args, *config.callback_args()]
-        except ValueError as ex:
-            cls().argparse().error(str(ex))
-        try:
-            from geowatch.tasks.fusion import fit_lightning
-        except ImportError as ex:
-            sys.exit(f'geowatch fit needs geowatch, which cannot be imported ({ex}). '
-                     "Install it with: pip install 'geowatch-plasticity[geowatch]'")
-        # Its result is no exit status: the `geowatch` script would exit with 1.
-        fit_lightning.main(config=args)
+            # Its result is no exit status: the `geowatch` script would exit with 1.
+            _import_host().main(config=args)
+        finally:
+            PlasticityConfigError.handler = None
+
+
+def _error(message):
+    print(f'geowatch fit: error: {message}', file=sys.stderr)
+    sys.exit(2)
+
+
+def _import_host():
+    try:
+        from geowatch.tasks.fusion import fit_lightning
+    except ImportError as ex:
+        sys.exit(f'geowatch fit needs geowatch, which cannot be imported ({ex}). '
+                 "Install it with: pip install 'geowatch-plasticity[geowatch]'")
+    return fit_lightning
 
 
 def _split(args):

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytorch_lightning as pl
 import torch
 
-from .plasticity_metrics import METRICS, parse_metrics
+from .plasticity_metrics import METRICS, PlasticityConfigError, parse_metrics
 from .plasticity_metrics._activations import Capture, fused_modules, site_names
 from .plasticity_metrics._reduce import add_up, exchange, layout_of, processes
 from .plasticity_metrics._schedule import Poll, Schedule
@@ -74,7 +74,7 @@ class PlasticityMonitor(*_BASES):
         per_layer (bool): if True, log ``plasticity_layers/<metric>/<layer>``.
 
     Raises:
-        ValueError: if an argument is not one of the above
+        PlasticityConfigError: a ValueError, if an argument is not one of the above
 
     References:
         .. [Dohare2024] Dohare et al., "Loss of plasticity in deep continual
@@ -125,9 +125,9 @@ class PlasticityMonitor(*_BASES):
             if own != 'auto':
                 Schedule(own)
         if source not in SOURCES:
-            raise ValueError(f'Expected `source` to be one of {", ".join(SOURCES)}, but got {source!r}')
+            raise PlasticityConfigError(f'Expected `source` to be one of {", ".join(SOURCES)}, but got {source!r}')
         if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
-            raise ValueError(f'Expected `samples` to be a whole number of at least 1, but got {samples!r}')
+            raise PlasticityConfigError(f'Expected `samples` to be a whole number of at least 1, but got {samples!r}')
         self._patterns = _read_patterns(layers)
         self._is_on = False
         self._capture = None
@@ -160,16 +160,18 @@ class PlasticityMonitor(*_BASES):
             return
         validates = trainer.enable_validation
         if self.source == 'validation' and not validates:
-            raise ValueError("Expected a validation loader for source='validation', but there is "
+            raise PlasticityConfigError("Expected a validation loader for source='validation', but there is "
                              "none. Give one, or set source='train'")
         self._check_patterns(pl_module)
         self._source, reason = _choose_source(self.source, validates, pl_module)
         if self._source is None:
             for name in self._of('activations'):
                 del self._metrics[name], self._schedules[name]
-        if self._file is None:
-            warnings.warn(f'PlasticityMonitor: no log folder, so {FILE_NAME} is not written', stacklevel=2)
         if trainer.is_global_zero:
+            if self._file is None:
+                warnings.warn(f'PlasticityMonitor: no log folder, so {FILE_NAME} is not written', stacklevel=2)
+            elif not trainer.loggers:
+                warnings.warn(f'PlasticityMonitor: no logger, so values go to {self._file.fpath} only', stacklevel=2)
             print(self._describe(pl_module, reason))
 
     def on_train_start(self, trainer, pl_module):
@@ -329,7 +331,7 @@ class PlasticityMonitor(*_BASES):
         names = dict.fromkeys([*weights_of(pl_module), *(clean_name(name) for name, _ in pl_module.named_modules())])
         for pattern in self._patterns:
             if not any(pattern.match(name) for name in names):
-                raise ValueError(f'Expected `layers` to match layers of the model, but {pattern.pattern!r} matches '
+                raise PlasticityConfigError(f'Expected `layers` to match layers of the model, but {pattern.pattern!r} matches '
                                  f'none of: {", ".join(weights_of(pl_module))}')
 
     # --- activations ----------------------------------------------------------
@@ -521,7 +523,7 @@ def _read_patterns(layers):
     if parts is None:
         return []
     if not isinstance(parts, (list, tuple)) or not all(isinstance(part, str) for part in parts):
-        raise ValueError('Expected `layers` to be patterns of layer names, separated by commas or in a list, '
+        raise PlasticityConfigError('Expected `layers` to be patterns of layer names, separated by commas or in a list, '
                          f'but got {layers!r}')
     names = [name.strip() for part in parts for name in part.split(',') if name.strip()]
     return [util_pattern.Pattern.coerce(name, hint='glob') for name in names]

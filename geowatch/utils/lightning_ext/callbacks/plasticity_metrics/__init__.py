@@ -3,6 +3,9 @@ What is measured: one file per metric. This file is the registry.
 """
 import difflib
 
+from ._errors import PlasticityConfigError
+from ._metric import Metric, Result
+from ._saturation import register_activation
 from ._spectrum import effective_rank
 from .dead_units import DeadUnits
 from .erank import ERank
@@ -10,7 +13,8 @@ from .feature_erank import FeatureERank
 from .grad_mag import GradMag
 from .weight_mag import WeightMag
 
-__all__ = ['METRICS', 'effective_rank', 'parse_metrics']
+__all__ = ['METRICS', 'Metric', 'PlasticityConfigError', 'Result', 'effective_rank', 'parse_metrics',
+           'register_activation']
 
 METRICS = {cls.name: cls for cls in (WeightMag, GradMag, DeadUnits, ERank, FeatureERank)}
 
@@ -27,7 +31,7 @@ def parse_metrics(metrics):
         Dict[str, str | None]: name to interval
 
     Raises:
-        ValueError: if a name is unknown, given twice, or none is given
+        PlasticityConfigError: if a name is unknown, given twice, or none is given
 
     Example:
         >>> from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import parse_metrics
@@ -38,7 +42,7 @@ def parse_metrics(metrics):
     """
     items = metrics.split(',') if isinstance(metrics, str) else metrics
     if not isinstance(items, (list, tuple)) or not all(isinstance(item, str) for item in items):
-        raise ValueError(
+        raise PlasticityConfigError(
             f'Expected `metrics` to be names separated by commas or a list of names, but got {metrics!r}')
     chosen = {}
     for item in items:
@@ -51,14 +55,14 @@ def parse_metrics(metrics):
             names = [name]
         else:
             nearest = difflib.get_close_matches(name, METRICS, n=1, cutoff=0.0)
-            raise ValueError(
+            raise PlasticityConfigError(
                 f'Unknown plasticity metric {name!r}. Did you mean {nearest[0]!r}? '
                 f'Expected any of: {", ".join(METRICS)}, or all')
         for name in names:
             if name in chosen and len(names) == 1:
-                raise ValueError(f'Plasticity metric {name!r} is given twice in {metrics!r}')
+                raise PlasticityConfigError(f'Plasticity metric {name!r} is given twice in {metrics!r}')
             chosen[name] = interval if at else chosen.get(name)
     if not chosen:
-        raise ValueError(
+        raise PlasticityConfigError(
             f'Expected at least one plasticity metric of: {", ".join(METRICS)}, or all, but got {metrics!r}')
     return chosen

@@ -458,11 +458,11 @@ def _tensors(items):
 
 @functools.lru_cache(maxsize=1024)
 def _name_of(func):
-    """ As we know it: without the underscore of an in-place function. """
+    """ As we know it: without the underscores of in-place and private functions. """
     name = func.__name__
     if name == '__get__':  # a property, such as x.T
         name = getattr(func.__self__, '__name__', '')
-    return name if name.startswith('__') else name.removesuffix('_')
+    return name if name.startswith('__') else name.strip('_')  # F.threshold is _threshold
 
 
 def _layer_path(path):

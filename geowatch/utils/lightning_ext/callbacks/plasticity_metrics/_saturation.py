@@ -35,7 +35,7 @@ SATURATED_VALUES = {
     'hardshrink': (0.,),
     'softshrink': (0.,),
     'sigmoid': (0., 1.),
-    'expit': (0., 1.),
+    'special_expit': (0., 1.),
     'hardsigmoid': (0., 1.),
     'log_sigmoid': (0.,),
     'logsigmoid': (0.,),
@@ -111,7 +111,7 @@ def register_activation(function, saturated_values=()):
                          f'or a name, but got {function!r}')
     if isinstance(function, type) and not issubclass(function, torch.nn.Module):
         raise ValueError(f'Expected a class to be a torch.nn.Module, but got {function!r}')
-    SATURATED_VALUES[name if isinstance(function, type) else name.removesuffix('_')] = saturated_values
+    SATURATED_VALUES[name if isinstance(function, type) else name.strip('_')] = saturated_values
     is_python = hasattr(function, '__code__') and not str(function.__module__).startswith('torch')
     return _visible(function) if is_python else function
 

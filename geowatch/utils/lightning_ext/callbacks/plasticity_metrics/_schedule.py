@@ -3,6 +3,8 @@ When a metric is due: every so many steps, at the end of each epoch, or every so
 """
 import math
 
+from ._errors import PlasticityConfigError
+
 
 class Schedule:
     """
@@ -23,7 +25,7 @@ class Schedule:
         seconds (float | None): the duration, if that is what was given
 
     Raises:
-        ValueError: if the interval cannot be read or is not positive
+        PlasticityConfigError: if the interval cannot be read or is not positive
 
     Example:
         >>> from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._schedule import Schedule
@@ -52,7 +54,7 @@ class Schedule:
             self.seconds = _seconds(text)
             valid = self.seconds is not None and 0 < self.seconds < math.inf
         if not valid or isinstance(interval, bool):
-            raise ValueError(
+            raise PlasticityConfigError(
                 "Expected an interval to be a positive number of steps, 'epoch', 'auto', "
                 f"or a duration such as '5 minutes', but got {interval!r}")
         self.owed = self.measured = False
@@ -113,8 +115,8 @@ class Schedule:
 
 def _seconds(text):
     from kwutil import util_time
-    if not text[:1].isdigit():
-        return None  # kwutil reads '' as a second
+    if not text[:1].isdigit() or not text[-1:].isalpha():
+        return None  # kwutil reads '' and a bare number as seconds
     try:
         return util_time.timedelta.coerce(text).total_seconds()
     except Exception:  # it raises plain Exception for what it cannot read

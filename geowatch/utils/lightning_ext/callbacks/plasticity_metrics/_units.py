@@ -92,7 +92,7 @@ def layer_axis(name, args, kwargs, owners, output):
         >>> from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._units import layer_axis
         >>> import torch
         >>> layer_axis('conv2d', (), {}, [], torch.empty(2, 3, 8, 8))
-        1
+        -3
         >>> layer_axis('einsum', ('bnc,cd->bdn',), {}, [None, 'proj'], torch.empty(2, 4, 5))
         1
     """
