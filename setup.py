@@ -28,6 +28,7 @@ setup(
         'geowatch.utils.lightning_ext.callbacks.plasticity_metrics',
         'geowatch.utils.lightning_ext.callbacks.plasticity_report',
     ],
+    package_data={'geowatch.utils.lightning_ext.callbacks.plasticity_report': ['page.html']},
     install_requires=requirements('runtime'),
-    extras_require={name: requirements(name) for name in ('geowatch', 'tests', 'docs')},
+    extras_require={name: requirements(name) for name in ('geowatch', 'report', 'tests', 'docs')},
 )

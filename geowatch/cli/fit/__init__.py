@@ -56,6 +56,7 @@ class FitCLI(scfg.DataConfig):
     plasticity_samples = scfg.Value(None, type=str, help='examples per activation measurement')
     plasticity_layers = scfg.Value(None, type=str, help='patterns of layer names, separated by commas')
     plasticity_per_layer = scfg.Value(None, isflag=True, help='log every layer to TensorBoard too')
+    plasticity_prog_bar = scfg.Value(None, isflag=True, help='show the values in the progress bar')
 
     def argparse(self, parser=None, **kwargs):
         # The modal command of the host makes its parser here, and refuses what
@@ -130,9 +131,14 @@ class FitCLI(scfg.DataConfig):
         # in the config or, as a layer that is not there, with the model.
         PlasticityConfigError.handler = _error
         try:
-            args = ['fit', *fusion_args, *config.callback_args()]
-            # Its result is no exit status: the `geowatch` script would exit with 1.
-            _import_host().main(config=args)
+            # The fusion CLI reads sys.argv, and Lightning starts the other
+            # processes of a run with it.
+            argv, sys.argv = sys.argv, [sys.argv[0], 'fit', *fusion_args, *config.callback_args()]
+            try:
+                # Its result is no exit status: the `geowatch` script would exit with 1.
+                _import_host().main()
+            finally:
+                sys.argv = argv
         finally:
             PlasticityConfigError.handler = None
 
