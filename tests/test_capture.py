@@ -150,7 +150,7 @@ def test_both_signs_are_two_sites():
             return torch.cat([torch.relu(x), torch.relu(-x)], dim=1)
 
     seen = watch(Both(), torch.randn(9, 3), times=2)
-    assert names(seen) == ['relu@fc', 'relu@fc#2']
+    assert names(seen) == ['relu@fc#1', 'relu@fc#2']
     assert seen.units() == [4, 4]
 
 
@@ -164,8 +164,7 @@ def test_two_activations_on_one_layer():
             x = self.fc(x)
             return torch.tanh(x) * torch.sigmoid(x)
 
-    assert names(watch(nn.Sequential(Gate(), Gate()), torch.randn(2, 3)[:, :3]) if False else
-                 watch(Gate(), torch.randn(2, 3), times=2)) == ['tanh', 'sigmoid']
+    assert names(watch(Gate(), torch.randn(2, 3), times=2)) == ['tanh', 'sigmoid']
 
 
 def test_names_have_no_prefixes_of_wrappers():
@@ -371,7 +370,7 @@ def test_checkpointing_counts_once(reentrant):
     x = torch.randn(2, 3, requires_grad=True)
     with Capture(model, seen):
         with Kernels() as kernels:
-            model(x).sum().backward()
+            torch.autograd.backward(model(x).sum())  # which, unlike x.backward(), runs under modes
     assert len([name for name, _ in kernels.calls if name in {'relu', 'tanh'}]) == 4  # it did run twice
     assert names(seen) == ['body.1', 'body.3'] and len(seen.calls) == 2
 
@@ -581,3 +580,22 @@ def test_cost_of_names():
     watch(nn.Sequential(*(nn.ReLU() for _ in range(50))), torch.randn(2, 3))
     info = _activations._name_of.cache_info()
     assert info.misses <= 3 and info.hits >= 47
+
+
+@pytest.mark.xfail(strict=True, reason='a site is told by the layer that made its input, here chosen by the data')
+def test_one_activation_behind_a_choice_of_layers():
+    """ As UNetBaseline's first ReLU, behind the tokenizer of whichever sensor the last frame has. """
+    class Sensors(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tokenizers = nn.ModuleDict({'S2': nn.Linear(3, 4), 'L8': nn.Linear(2, 4)})
+            self.backbone = nn.Sequential(nn.ReLU(), nn.Linear(4, 4))
+
+        def forward(self, item):
+            return self.backbone(self.tokenizers[item['sensor']](item['data']))
+
+    model, seen = Sensors(), Seen()
+    with Capture(model, seen):
+        for sensor, bands in (('S2', 3), ('L8', 2)):
+            model({'sensor': sensor, 'data': torch.randn(5, bands)})
+    assert seen.units() == [4]

@@ -54,7 +54,7 @@ def html(tmp_path_factory):
 def test_builds_without_warnings(html):
     names = {path.stem for path in html.rglob('*.html')}
     assert names >= {path.stem for path in DOCS.glob('*.md')} | set(METRICS)
-    assert 'class="math' in (html / 'metrics/erank.html').read_text()
+    assert '<math' in (html / 'metrics/erank.html').read_text()
     assert re.search(r'<code.*>elu</', (html / 'metrics/dead_units.html').read_text())
 
 
@@ -127,4 +127,12 @@ def test_keys_of_the_record_are_those_of_a_run(tmp_path):
 
 def test_no_paths_of_a_machine():
     for path in [*DOCS.rglob('*.md'), *DOCS.rglob('*.py')]:
-        assert not re.search(r'(?<![\w.:/])/(root|home|tmp|work|Users)/', path.read_text()), path
+        assert not re.search(r'(?<![\w.:/])/(root|home|work|Users)/', path.read_text()), path
+
+
+def test_install_shows_the_commands_of_the_readme(html):
+    text = re.sub('<[^>]+>', '', (html / 'install.html').read_text()).replace('&#39;', "'").replace('&amp;', '&')
+    readme = (DOCS.parent / 'README.md').read_text()
+    blocks = re.findall(r'^```(?:bash|sh)\n(python -m venv .*?)^```', readme, re.M | re.S)
+    assert any('run_tests.py' in block for block in blocks)
+    assert [block for block in blocks if block.strip() not in text] == []

@@ -20,6 +20,7 @@ CONFIG = {
         'train_dataset': 'special:vidshapes2-frames4-multispectral-gsize32',
         'vali_dataset': 'special:vidshapes1-frames4-multispectral-gsize32',
         'chip_dims': 32, 'time_steps': 2, 'batch_size': 2, 'num_workers': 0, 'max_epoch_length': 6,
+        'reseed_fit_random_generators': False,  # by default no two runs of the host are alike
     },
     'model': 'HeterogeneousModel',
     'optimizer': {'class_path': 'torch.optim.SGD', 'init_args': {'lr': 0.001}},
@@ -114,7 +115,7 @@ def test_tags_and_pictures(trained):
             (line['step'], line['value']) for line in lines_of(lines, tag)]
     # The host draws each tag.
     for tag in TAGS:
-        (picture,) = log_dir.glob(f'monitor/tensorboard/plasticity*{tag}.png')
+        (picture,) = log_dir.glob(f'monitor/tensorboard/plasticity_FS_{tag}.png')
         assert picture.stat().st_size > 1000
 
 
@@ -130,7 +131,7 @@ def test_repeated_from_its_config(trained):
 
 def test_callback_in_the_config_and_flags_beside_another_callback(tmp_path):
     # A config of its own callbacks, one of them ours: as YAML text in place of a file.
-    callbacks = [{'class_path': 'pytorch_lightning.callbacks.Timer', 'init_args': {'duration': '00:01:00:00'}},
+    callbacks = [{'class_path': 'pytorch_lightning.callbacks.ModelSummary', 'init_args': {'max_depth': 2}},
                  {'class_path': MONITOR, 'init_args': {'metrics': 'weight_mag@1', 'layers': 'heads.*'}}]
     config = write_config(tmp_path, callbacks=callbacks, max_epochs=1)
     geowatch('fit', '--config=' + yaml.safe_dump(config), cwd=tmp_path)
@@ -145,7 +146,7 @@ def test_callback_in_the_config_and_flags_beside_another_callback(tmp_path):
     assert [(line['metric'], line['step']) for line in lines] == [
         ('erank', 1), ('grad_mag', 2), ('grad_norm', 2)]
     text = (log_dir / 'config.yaml').read_text()
-    assert 'pytorch_lightning.callbacks.Timer' in text and 'per_layer: true' in text
+    assert 'pytorch_lightning.callbacks.ModelSummary' in text and 'per_layer: true' in text
 
 
 def test_without_flags_it_trains_as_the_fusion_cli_does(tmp_path):

@@ -458,15 +458,21 @@ def test_a_resumed_run_is_one_run_and_a_sweep_is_not(tmp_path):
 
 
 @pytest.fixture(scope='module')
-def browser():
-    sync_api = pytest.importorskip('playwright.sync_api', reason='playwright is not installed')
-    chromium = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
-    if chromium is None:
-        pytest.skip('no chromium on the PATH')
-    with sync_api.sync_playwright() as playwright:
-        instance = playwright.chromium.launch(executable_path=chromium)
-        yield instance
-        instance.close()
+def browser(tmp_path_factory):
+    webdriver = pytest.importorskip('selenium.webdriver', reason='selenium is not installed')
+    chromium = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
+    if chromium is None or shutil.which('chromedriver') is None:
+        pytest.skip('chromium and chromedriver are not on the PATH')
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in ('headless', 'no-sandbox', 'disable-gpu', 'disable-quic', 'no-first-run', 'disable-dev-shm-usage',
+                 'disable-background-networking', 'disable-component-update', 'disable-sync',
+                 f'user-data-dir={tmp_path_factory.mktemp("profile")}'):
+        options.add_argument(f'--{flag}')
+    options.set_capability('goog:loggingPrefs', {'browser': 'ALL', 'performance': 'ALL'})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which('chromedriver')))
+    yield driver
+    driver.quit()
 
 
 @pytest.fixture(scope='module')
@@ -478,120 +484,159 @@ def report(tmp_path_factory):
     return root / 'report.html'
 
 
+class Page:
+    """ What the tests ask of a page, in JavaScript. """
+
+    def __init__(self, driver, width):
+        self.driver = driver
+        self.width = width
+
+    def js(self, expression, *args):
+        return self.driver.execute_script(f'return ({expression})', *args)
+
+    def wait(self, condition, *args, seconds=60):
+        from selenium.webdriver.support.ui import WebDriverWait
+        return WebDriverWait(self.driver, seconds, 0.05).until(lambda _: self.js(condition, *args), condition)
+
+    def count(self, selector):
+        return self.js('document.querySelectorAll(arguments[0]).length', selector)
+
+    def text(self, selector, k=0):
+        return self.js('document.querySelectorAll(arguments[0])[arguments[1]].innerText', selector, k)
+
+    def click(self, selector, text):
+        """ As a person does it: where the button is, if nothing lies over it. """
+        button = self.js("""[...document.querySelectorAll(arguments[0])].find(e => e.innerText.startsWith(arguments[1]))
+                         """, selector, text)
+        self.driver.execute_script('arguments[0].scrollIntoView({block: "center"})', button)
+        button.click()
+
+    def move(self, x, y, *further, drag=False):
+        from selenium.webdriver.common.actions.action_builder import ActionBuilder
+        from selenium.webdriver.common.actions.mouse_button import MouseButton
+        actions = ActionBuilder(self.driver)
+        actions.pointer_action.move_to_location(round(x), round(y))
+        if drag:
+            actions.pointer_action.pointer_down(MouseButton.LEFT)
+        for place in further:
+            actions.pointer_action.move_to_location(*map(round, place))
+        if drag:
+            actions.pointer_action.pointer_up(MouseButton.LEFT)
+        actions.perform()
+
+
 @pytest.fixture(params=[1280, 390])
 def page(browser, report, request):
-    context = browser.new_context(viewport={'width': request.param, 'height': 900}, offline=True)
-    asked, complaints = [], []
+    def cdp(command, **args):
+        browser.execute_cdp_cmd(command, args)
 
-    def only_files(route):
-        asked.append(route.request.url)
-        route.continue_() if route.request.url.startswith('file:') else route.abort()
-
-    context.route('**/*', only_files)
-    page = context.new_page()
-    page.on('console', lambda message: message.type in ('error', 'warning') and complaints.append(message.text))
-    page.on('pageerror', lambda error: complaints.append(str(error)))
-    page.goto(report.as_uri())
-    page.wait_for_selector('#layers .heatmaplayer image, #layers .heatmaplayer .hm', state='attached')
-    page.wait_for_selector('#chart-erank .scatterlayer .trace')
+    cdp('Emulation.setDeviceMetricsOverride', width=request.param, height=900, deviceScaleFactor=1, mobile=False)
+    cdp('Network.enable')
+    cdp('Network.emulateNetworkConditions', offline=True, latency=0, downloadThroughput=0, uploadThroughput=0)
+    for kind in ('browser', 'performance'):
+        browser.get_log(kind)  # what the test before has left
+    browser.get(report.as_uri())
+    page = Page(browser, request.param)
+    page.wait("document.querySelectorAll('#layers .heatmaplayer image').length === 2")
+    page.wait("document.querySelectorAll('#chart-erank .scatterlayer .trace').length > 0")
     yield page
-    assert not complaints
-    assert [url for url in asked if not url.startswith('data:')] == [report.as_uri()]
-    context.close()
+    assert [entry['message'] for entry in browser.get_log('browser') if entry['level'] in ('SEVERE', 'WARNING')] == []
+    events = [json.loads(entry['message'])['message'] for entry in browser.get_log('performance')]
+    asked = [event['params']['request']['url'] for event in events if event['method'] == 'Network.requestWillBeSent']
+    assert [url for url in asked if not url.startswith(('data:', 'blob:'))] == [report.as_uri()]
 
 
 def curves(page, name='erank'):
-    return page.locator(f'#chart-{name} .scatterlayer .trace').count()
+    return page.count(f'#chart-{name} .scatterlayer .trace')
 
 
 def point_on_screen(page, name, run, k):
-    return page.evaluate('''([name, run, k]) => {
+    return page.js("""(([name, run, k]) => {
         const div = document.getElementById('chart-' + name);
         div.scrollIntoView({block: 'center'});
         const layout = div._fullLayout, trace = div.data.filter(trace => !trace.yaxis || trace.yaxis === 'y')[run];
         const box = div.querySelector('.main-svg').getBoundingClientRect();
         return [box.left + layout.xaxis._offset + layout.xaxis.d2p(trace.x[k]),
                 box.top + layout.yaxis._offset + layout.yaxis.d2p(trace.y[k])];
-    }''', [name, run, k])
+    })(arguments[0])""", [name, run, k])
 
 
 @drawing
 def test_page_fits_its_width(page):
-    scroll, width = page.evaluate('[document.documentElement.scrollWidth, window.innerWidth]')
-    assert scroll <= width
-    small = page.evaluate('''[...document.querySelectorAll('body *')].filter(e => e.checkVisibility()
+    assert page.js('window.innerWidth') == page.width
+    assert page.js('document.documentElement.scrollWidth') <= page.width
+    small = page.js("""[...document.querySelectorAll('body *')].filter(e => e.checkVisibility()
         && e.textContent.trim() && !e.children.length && e.tagName !== 'SCRIPT'
-        && parseFloat(getComputedStyle(e).fontSize) < 11).map(e => e.outerHTML)''')
+        && parseFloat(getComputedStyle(e).fontSize) < 11).map(e => e.outerHTML)""")
     assert small == []
     for selector in ('.findings p', 'tbody th', '#runs button', '#chart-erank', '#layers .layer-map'):
-        box = page.locator(selector).first.bounding_box()
-        assert box['x'] >= 0 and box['x'] + box['width'] <= width
+        left, right = page.js("""(box => [box.left, box.right])(
+            document.querySelector(arguments[0]).getBoundingClientRect())""", selector)
+        assert 0 <= left < right <= page.width, selector
 
 
 @drawing
 def test_page_says_what_the_numbers_say(page):
-    text = page.inner_text('body')
+    text = page.text('body')
     assert 'dead units 1 % \u2192 19 %' in text
     assert 'correlates' in text
     assert 'lr0.1<b> & "' in text
-    row = page.locator('tbody tr').nth(1).inner_text()
+    row = page.text('tbody tr', 1)
     assert '59 \u2192 24' in row and 'falls' in row
 
 
 @drawing
 def test_hover_tells_the_value(page):
     x, y = point_on_screen(page, 'erank', 1, 4)
-    page.mouse.move(x - 3, y)
-    page.mouse.move(x, y)
-    page.wait_for_selector('#chart-erank .hoverlayer .hovertext')
-    text = page.locator('#chart-erank .hoverlayer').text_content()
+    page.move(x - 3, y, (x, y))
+    page.wait("document.querySelector('#chart-erank .hoverlayer .hovertext') !== null")
+    text = page.js("document.querySelector('#chart-erank .hoverlayer').textContent")
     # Run lr0.1 at step 49: 59 - 35 * 4 / 9
     assert '43.44' in text and 'step 49' in text and 'epoch 5' in text
 
 
 @drawing
 def test_a_run_can_be_switched_off_and_on(page):
-    button = page.locator('#runs button').nth(1)
-    before, maps = curves(page), page.locator('#layers .layer-map').count()
-    assert maps == 2
-    button.click()
-    page.wait_for_function("document.querySelectorAll('#layers .layer-map').length === 1")
+    before = curves(page)
+    assert page.count('#layers .layer-map') == 2
+    page.click('#runs button', 'lr0.1<')
+    page.wait("document.querySelectorAll('#layers .layer-map').length === 1")
     assert 0 < curves(page) < before
-    left = page.evaluate("[...document.getElementById('chart-erank').data].filter(t => t.visible).map(t => t.name)")
+    left = page.js("[...document.getElementById('chart-erank').data].filter(t => t.visible).map(t => t.name)")
     assert left and all(name.startswith('lr0.01') for name in left)
-    assert button.get_attribute('aria-pressed') == 'false'
-    button.click()
-    page.wait_for_function("document.querySelectorAll('#layers .layer-map').length === 2")
+    pressed = "document.querySelectorAll('#runs button')[1].getAttribute('aria-pressed')"
+    assert page.js(pressed) == 'false'
+    page.click('#runs button', 'lr0.1<')
+    page.wait("document.querySelectorAll('#layers .layer-map').length === 2")
     assert curves(page) == before
+    assert page.js(pressed) == 'true'
 
 
 @drawing
 def test_axis_and_heatmap_switches(page):
-    page.get_by_role('button', name='by epoch').click()
-    page.wait_for_function("document.getElementById('chart-erank').data[0].x[0] === 1")
-    assert page.evaluate("document.getElementById('chart-erank').data[0].x.at(-1)") == 10
-    page.locator('#metric button', has_text='Effective rank of weights').click()
-    page.wait_for_selector('#layers .layer-map')
-    heat = page.evaluate("document.querySelectorAll('#layers .layer-map')[1].data[0]")
-    assert heat['z'][0] == [0] * 10
-    assert heat['z'][1][-1] == pytest.approx(math.log2(5.5 / 58), rel=1e-4)
-    ticks = page.locator('#layers .layer-map').nth(1).locator('.ytick text').all_text_contents()
+    page.click('#axis button', 'by epoch')
+    page.wait("document.getElementById('chart-erank').data[0].x[0] === 1")
+    assert page.js("document.getElementById('chart-erank').data[0].x.at(-1)") == 10
+    page.click('#metric button', 'Effective rank of weights')
+    page.wait("document.querySelectorAll('#layers .layer-map .ytick text').length === 4")
+    heat = page.js("document.querySelectorAll('#layers .layer-map')[1].data[0].z")
+    assert heat[0] == [0] * 10
+    assert heat[1][-1] == pytest.approx(math.log2(5.5 / 58), rel=1e-4)
+    ticks = page.js("""[...document.querySelectorAll('#layers .layer-map')[1].querySelectorAll('.ytick text')]
+                    .map(e => e.textContent)""")
     assert [re.sub(r'\s', '', tick) for tick in ticks] == ['fc1', 'fc2']
 
 
 @drawing
 def test_zoom(page):
-    if page.viewport_size['width'] < 760:
+    if page.width < 760:
         # A finger on a picture scrolls the page there.
-        assert page.evaluate("document.getElementById('chart-erank')._fullLayout.dragmode") is False
+        assert page.js("document.getElementById('chart-erank')._fullLayout.dragmode") is False
         return
     x, y = point_on_screen(page, 'erank', 1, 2)
     x_range = "document.getElementById('chart-erank')._fullLayout.xaxis.range"
-    before = page.evaluate(x_range)
-    page.mouse.move(x, y)
-    page.mouse.down()
-    page.mouse.move(x + 150, y + 60, steps=5)
-    page.mouse.up()
-    page.wait_for_function(f"{x_range}[0] > {before[0] + 1}")
-    after = page.evaluate(x_range)
+    before = page.js(x_range)
+    page.move(x, y, (x + 50, y + 20), (x + 100, y + 40), (x + 150, y + 60), drag=True)
+    page.wait(f'{x_range}[0] > arguments[0]', before[0] + 1)
+    after = page.js(x_range)
     assert before[0] < after[0] < after[1] < before[1]

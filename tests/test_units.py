@@ -59,7 +59,8 @@ WAYS = {
     'nn.ReLU': (nn.ReLU(), -100), 'nn.ReLU in place': (nn.ReLU(inplace=True), -100), 'F.relu': (F.relu, -100),
     'F.relu in place': (lambda x: F.relu(x, inplace=True), -100), 'torch.relu': (torch.relu, -100),
     'torch.relu_': (torch.relu_, -100), 'x.relu': (lambda x: x.relu(), -100), 'x.relu_': (lambda x: x.relu_(), -100),
-    'F.relu6, low': (F.relu6, -100), 'nn.ReLU6, high': (nn.ReLU6(), 100), 'F.gelu': (F.gelu, -100),
+    'F.relu6, high': (F.relu6, 100), 'F.relu6, low': (F.relu6, -100),
+    'nn.ReLU6, high': (nn.ReLU6(), 100), 'F.gelu': (F.gelu, -100),
     'nn.GELU, tanh': (nn.GELU('tanh'), -100), 'F.silu': (F.silu, -100), 'nn.SiLU': (nn.SiLU(inplace=True), -100),
     'F.mish': (F.mish, -100), 'F.hardswish': (F.hardswish, -100), 'nn.Hardswish': (nn.Hardswish(True), -100),
     'F.softplus': (F.softplus, -100), 'nn.Softplus': (nn.Softplus(), -100),
@@ -220,11 +221,13 @@ LAYOUTS = {
     'transposed conv': (lambda: Layout(nn.ConvTranspose2d(4, 4, 2, stride=2)), (4, 4, 4)),
     'channels last in memory': (lambda: Layout(nn.Conv2d(4, 4, 3, padding=1).to(memory_format=torch.channels_last),
                                                before=lambda x: x.to(memory_format=torch.channels_last)), (4, 4, 4)),
-    'ConvNeXt': (lambda: Layout(nn.Linear(4, 4), before=lambda x: F.layer_norm(x.permute(0, 2, 3, 1), (4,))), (4, 4, 4)),
+    'ConvNeXt': (lambda: Layout(nn.Linear(4, 4), before=lambda x: F.layer_norm(x.permute(0, 2, 3, 1), (4,))),
+                 (4, 4, 4)),
     'ConvNeXt, back': (lambda: Layout(nn.Linear(4, 4), before=lambda x: x.permute(0, 2, 3, 1),
                                       between=lambda x: x.permute(0, 3, 1, 2)), (4, 4, 4)),
     'channels to the end': (lambda: Layout(nn.Conv2d(4, 4, 1), between=lambda x: x.movedim(1, -1)), (4, 4, 4)),
-    'patches': (lambda: Layout(nn.Conv2d(4, 4, 2, stride=2), between=lambda x: x.flatten(2).transpose(1, 2)), (4, 8, 2)),
+    'patches': (lambda: Layout(nn.Conv2d(4, 4, 2, stride=2), between=lambda x: x.flatten(2).transpose(1, 2)),
+                (4, 8, 2)),
     'patches, copied': (lambda: Layout(nn.Conv2d(4, 4, 2, stride=2),
                                        between=lambda x: x.reshape(len(x), 4, 4).permute(0, 2, 1).contiguous()),
                         (4, 8, 2)),
@@ -237,7 +240,8 @@ LAYOUTS = {
     'pooled': (lambda: Layout(nn.Conv2d(4, 4, 1), between=lambda x: x.mean((2, 3))), (4, 4, 4)),
     'max over time': (lambda: Layout(nn.Linear(4, 4), between=lambda x: x.amax(1)), (4, 4)),
     'one token': (lambda: Layout(nn.Linear(4, 4), between=lambda x: x[:, 0]), (4, 4)),
-    'masked tokens': (lambda: Layout(nn.Linear(4, 4), between=lambda x: x[torch.ones(x.shape[:2], dtype=bool)]), (4, 4)),
+    'masked tokens': (lambda: Layout(nn.Linear(4, 4), between=lambda x: x[torch.ones(x.shape[:2], dtype=bool)]),
+                      (4, 4)),
     'stacked': (lambda: Layout(nn.Linear(4, 4), between=lambda x: torch.stack([x, x])), (4, 4)),
     'stacked at the end': (lambda: Layout(nn.Conv2d(4, 4, 1), between=lambda x: torch.stack([x, x], -1)), (4, 4, 4)),
     'unsqueezed': (lambda: Layout(nn.Conv2d(4, 4, 1), between=lambda x: x[None, :, None]), (4, 4, 4)),
@@ -248,9 +252,16 @@ LAYOUTS = {
     'x @ W.T': (lambda: Layout(Raw(lambda x, w, b: x @ w.T + b)), (4, 4)),
     'torch.matmul': (lambda: Layout(Raw(lambda x, w, b: torch.matmul(x, w.mT).add(b))), (4, 4)),
     'addmm': (lambda: Layout(Raw(lambda x, w, b: torch.addmm(b, x, w.t()))), (4,)),
+    'W @ x': (lambda: Layout(Raw(lambda x, w, b: w @ x + b[:, None])), (4, 4)),
+    'x.__rmatmul__(W)': (lambda: Layout(Raw(lambda x, w, b: x.__rmatmul__(w) + b[:, None])), (4, 4)),
+    'mm, weight first': (lambda: Layout(Raw(lambda x, w, b: torch.mm(w, x.T) + b[:, None])), (4,)),
+    'bmm, weight first': (lambda: Layout(Raw(lambda x, w, b: torch.bmm(w.expand(len(x), 4, 4), x) + b[:, None])),
+                          (4, 4)),
+    'addmm, weight first': (lambda: Layout(Raw(lambda x, w, b: torch.addmm(b[:, None], w, x.T))), (4,)),
     'einsum': (lambda: Layout(Raw(lambda x, w, b: torch.einsum('bti,oi->bto', x, w) + b)), (4, 4)),
-    'einsum, units first': (lambda: Layout(Raw(lambda x, w, b: torch.einsum('bti,oi->bot', x, w) + b[:, None])), (4, 4)),
-    'einsum, called with its operands': (lambda: Layout(Raw(lambda x, w, b: torch.einsum('oi,bti->bot', w, x)
+    'einsum, units first': (lambda: Layout(Raw(lambda x, w, b: torch.einsum('bti,oi->bot', x, w) + b[:, None])),
+                            (4, 4)),
+    'einsum, weight first': (lambda: Layout(Raw(lambda x, w, b: torch.einsum('oi,bti->bot', w, x)
                                                             + b[:, None])), (4, 4)),
     'parametrized': (lambda: Layout(normalized(nn.Linear(4, 4))), (4, 4)),
     'batch norm first': (lambda: FirstNorm(nn.BatchNorm1d(4).eval()), (4, 4)),
@@ -303,6 +314,9 @@ def test_one_example_without_a_batch():
     pin(model.layer, -100, slice(2))
     assert list(watch(model, [torch.randn(4, 4, 4)]).dead().values()) == [(2, 4)]
     model = Layout(nn.Linear(4, 4))
+    pin(model.layer, -100, slice(4))
+    assert list(watch(model, [torch.randn(4)]).dead().values()) == [(4, 4)]
+    model = Layout(Raw(lambda x, w, b: w @ x + b))
     pin(model.layer, -100, slice(4))
     assert list(watch(model, [torch.randn(4)]).dead().values()) == [(4, 4)]
 

@@ -40,7 +40,7 @@ class Kernels(TorchDispatchMode):
         name = KERNELS.get(func.overloadpacket.__name__)
         if name:
             first = output[0] if isinstance(output, (tuple, list)) else output
-            self.calls.append((name, tuple(first.shape)))
+            self.calls.append((name, () if first.is_nested else tuple(first.shape)))
         return output
 
 
@@ -252,7 +252,11 @@ def multimodal_units(model):
               if isinstance(block, ConvNormNd) and name.startswith(('heads.', 'token_learner'))]
     # Probabilities of classes and saliency are sigmoids.
     outputs = linears(model, 'class.hidden.output', 'saliency.hidden.output')
-    return hidden + linears(model.encoder, 'mlp.0') + outputs
+    # Swish of geowatch's own, in an autograd.Function.
+    from geowatch.tasks.fusion.methods.network_modules import OurDepthwiseSeparableConv
+    swish = [block.conv_dw.out_channels for block in of(model, OurDepthwiseSeparableConv)
+             if type(block.act1).__name__ == 'Swish']
+    return hidden + swish + linears(model.encoder, 'mlp.0') + outputs
 
 
 def unet_baseline_units(model):
@@ -285,6 +289,10 @@ NETWORKS = [
             geowatch_batch((33, 32), (38, 28)), heterogeneous_units, needs='geowatch.tasks'),
     Network('MultimodalTransformer', geowatch_model('MultimodalTransformer', arch_name='smt_it_joint_p2',
                                                     tokenizer='linconv'),
+            geowatch_batch((33, 32), (33, 32)), multimodal_units,
+            run=lambda model, inputs: model.forward_step(*inputs, with_loss=False), needs='geowatch.tasks'),
+    Network('MultimodalTransformer, dwcnn', geowatch_model('MultimodalTransformer', arch_name='smt_it_joint_p2',
+                                                           tokenizer='dwcnn', token_norm='group'),
             geowatch_batch((33, 32), (33, 32)), multimodal_units,
             run=lambda model, inputs: model.forward_step(*inputs, with_loss=False), needs='geowatch.tasks'),
     Network('UNetBaseline', geowatch_model('UNetBaseline', token_dim=8), geowatch_batch((49, 48), frames=2),

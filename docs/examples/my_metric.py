@@ -11,8 +11,8 @@ CommandLine:
 import torch
 
 from geowatch.utils.lightning_ext.callbacks.plasticity import PlasticityMonitor
-from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import METRICS
-from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._metric import Metric, Result, column, ratio_of_sums
+from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import METRICS, Metric, Result
+from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._metric import column, ratio_of_sums
 
 
 class WeightRMS(Metric):
@@ -33,8 +33,8 @@ class WeightRMS(Metric):
 
     def statistics(self, tensors, scale=1.):
         return {
-            layer: {'squares': weight.detach().double().square().sum(),
-                    'count': torch.tensor(float(weight.numel())).to(weight.device)}
+            layer: {'squares': weight.detach().float().square().sum(),
+                    'count': torch.tensor(float(weight.numel()), device=weight.device)}
             for layer, weight in tensors.items()}
 
     def compute(self, stats):
@@ -63,8 +63,8 @@ class ActiveShare(Metric):
     def observe(self, stats, site, output, axis, saturated):
         if not saturated:
             return  # such as leaky_relu
-        active = torch.stack([output != value for value in saturated]).all(0).double().sum()
-        count = torch.tensor(float(output.numel())).to(output.device)
+        active = torch.stack([output != value for value in saturated]).all(0).sum()
+        count = torch.tensor(output.numel(), device=output.device)
         if site in stats:
             stats[site]['active'] += active
             stats[site]['count'] += count

@@ -33,7 +33,7 @@ import numpy as np
 import pytorch_lightning as pl
 import scriptconfig as scfg
 import torch
-from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -94,6 +94,7 @@ class OnlinePermutedMnistCLI(scfg.DataConfig):
         print_table(folders)
         print(f'\nDraw them with\n{REPORT} {shlex.join(map(str, folders))} --under=online_accuracy '
               f'--out={shlex.quote(str(Path(config.out) / "report"))}')
+        print(f'or look at them in TensorBoard with\ntensorboard --logdir={shlex.quote(str(config.out))}')
 
 
 # --- data -------------------------------------------------------------------
@@ -249,11 +250,13 @@ def train(images, labels, step_size, config):
     torch.manual_seed(config.seed)
     net = Net(step_size, config.width)
     data = PermutedMnist(images, labels, config.examples, config.batch_size, config.seed)
+    table = CSVLogger(config.out, name=f'lr{step_size:g}')
+    events = TensorBoardLogger(config.out, name=table.name, version=table.version, default_hp_metric=False)
     trainer = pl.Trainer(
         max_epochs=config.tasks + 1,
         reload_dataloaders_every_n_epochs=1,
         callbacks=[PlasticityMonitor(interval='epoch', source='validation', samples=MEASURED)],
-        logger=CSVLogger(config.out, name=f'lr{step_size:g}'),
+        logger=[table, events],
         accelerator=config.accelerator,
         devices=1,
         log_every_n_steps=1,

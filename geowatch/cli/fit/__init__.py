@@ -56,6 +56,8 @@ class FitCLI(scfg.DataConfig):
     plasticity_samples = scfg.Value(None, type=str, help='examples per activation measurement')
     plasticity_layers = scfg.Value(None, type=str, help='patterns of layer names, separated by commas')
     plasticity_per_layer = scfg.Value(None, isflag=True, help='log every layer to TensorBoard too')
+    plasticity_budget = scfg.Value(None, type=str, help=(
+        'largest share of the training time, such as 0.02: what is too dear is measured less often'))
     plasticity_prog_bar = scfg.Value(None, isflag=True, help='show the values in the progress bar')
 
     def argparse(self, parser=None, **kwargs):

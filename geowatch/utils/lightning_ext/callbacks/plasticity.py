@@ -6,6 +6,7 @@ This file says when to measure and hands on; what is measured, and how, is in
 """
 import contextlib
 import math
+import sys
 import time
 import traceback
 import warnings
@@ -17,17 +18,19 @@ import torch
 
 from .plasticity_metrics import METRICS, PlasticityConfigError, parse_metrics
 from .plasticity_metrics._activations import Capture, fused_modules, site_names
-from .plasticity_metrics._reduce import add_up, exchange, layout_of, processes
+from .plasticity_metrics._budget import Budget
+from .plasticity_metrics._metric import check_result
+from .plasticity_metrics._reduce import add_up, contradictions, exchange, layout_of, processes, rank
 from .plasticity_metrics._schedule import Poll, Schedule
 from .plasticity_metrics._sinks import JsonLines, Loggers, plain
 from .plasticity_metrics._weights import (
     clean_name,
     is_sharded,
-    nonfinite_shares,
     weights_of,
     why_not_a_weight,
 )
 from .plasticity_metrics._window import Window
+from .plasticity_report import report_command, write_report_script
 
 try:
     # A callback of `lightning` has to be an instance of its own class.
@@ -56,8 +59,11 @@ class PlasticityMonitor(*_BASES):
     =============================  ===============================================
 
     The values go to all loggers, to ``trainer.callback_metrics``, and with
-    those of every layer to ``plasticity.jsonl`` in the log folder. Set the
-    environment variable ``DISABLE_PLASTICITY_MONITOR=1`` to switch it off.
+    those of every layer to ``plasticity.jsonl`` in the log folder, where
+    ``plasticity_report.sh`` draws them. TensorBoard has them on one page under
+    'Custom scalars', each metric's layers as a histogram, and the worst layers
+    under 'Text'. Set the environment variable ``DISABLE_PLASTICITY_MONITOR=1``
+    to switch it off.
 
     Args:
         metrics (str | List[str]): names separated by commas, a list, or 'all'.
@@ -72,6 +78,11 @@ class PlasticityMonitor(*_BASES):
         layers (str | List[str] | None): patterns of layer names to restrict
             the measurement to, as in a shell, separated by commas.
         per_layer (bool): if True, log ``plasticity_layers/<metric>/<layer>``.
+        prog_bar (bool): if True, the progress bar shows the values too.
+        budget (str | float | None): the monitor's largest share of the
+            training time, such as '2%'. What is too dear is measured less
+            often, but at least once. Logs the share so far as
+            ``plasticity/overhead``, and the intervals in ``plasticity.jsonl``.
 
     Raises:
         PlasticityConfigError: a ValueError, if an argument is not one of the above
@@ -112,13 +123,16 @@ class PlasticityMonitor(*_BASES):
     """
 
     def __init__(self, metrics='weight_mag,grad_mag,dead_units,erank,feature_erank',
-                 interval='auto', source='auto', samples=2000, layers=None, per_layer=False):
+                 interval='auto', source='auto', samples=2000, layers=None, per_layer=False,
+                 prog_bar=False, budget=None):
         self.metrics = metrics
         self.interval = interval
         self.source = source
         self.samples = samples
         self.layers = layers
         self.per_layer = per_layer
+        self.prog_bar = prog_bar
+        self.budget = budget
         chosen = parse_metrics(metrics)
         self._intervals = {name: interval if own is None else own for name, own in chosen.items()}
         for own in [interval, *self._intervals.values()]:
@@ -129,8 +143,11 @@ class PlasticityMonitor(*_BASES):
         if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
             raise PlasticityConfigError(f'Expected `samples` to be a whole number of at least 1, but got {samples!r}')
         self._patterns = _read_patterns(layers)
+        self._budget = None if budget is None else Budget(budget)
         self._is_on = False
+        self._is_awake = False
         self._capture = None
+        self._failed = {}
         self._restored = {}
 
     # --- the hooks of Lightning -------------------------------------------
@@ -143,17 +160,22 @@ class PlasticityMonitor(*_BASES):
         # Some loggers broadcast here, so that every rank has to ask.
         log_dir = trainer.log_dir
         self._file = None if log_dir is None else JsonLines(Path(log_dir) / FILE_NAME)
-        self._loggers = Loggers(trainer.loggers)
+        self._has_script = False
         self._metrics = {name: METRICS[name]() for name in self._intervals}
+        self._loggers = Loggers(trainer.loggers, [tag for name, metric in self._metrics.items()
+                                                  for tag in metric.tags or [name]])
         self._schedules = {name: Schedule(_resolve(interval, self._metrics[name], trainer))
                            for name, interval in self._intervals.items()}
         self._clock_poll = Poll()
+        self._clock = None      # the time that all processes know, for the next step
         self._windows = {}      # activation metric to what it has seen
         self._gradients = {}    # gradient metric to the statistics of this step
-        self._failed = set()    # metrics that failed here, not known elsewhere yet
+        self._failed = {}       # metrics that failed here, not known elsewhere yet, to what is still to be said
         self._measured = set()  # metrics that were measured in this fit
         self._wanted = {}       # layer name to whether it is measured
-        self._is_first_batch = True
+        self._first_step = self._epoch = None
+        self._wake = 0          # the next step at which anything can be due
+        self._restored = {}     # not of a fit that has failed: a checkpoint is read after this
 
     def on_fit_start(self, trainer, pl_module):
         if not self._is_on:
@@ -176,28 +198,29 @@ class PlasticityMonitor(*_BASES):
 
     def on_train_start(self, trainer, pl_module):
         if self._is_on:
+            if self._budget is not None:
+                self._budget.start(trainer.strategy.root_device)
+            self._epoch = self._restored.get('epoch')
             for name, state in self._restored.get('schedules', {}).items():
                 if name in self._schedules:
-                    self._schedules[name].load_state_dict(state, time.monotonic())
-
-    def on_train_epoch_start(self, trainer, pl_module):
-        if self._is_on:
-            for schedule in self._schedules.values():
-                schedule.start_epoch()
-            if self._source == 'train':
-                # The window of an epoch opens with it, not with its last step.
-                for name in self._of('activations'):
-                    self._schedules[name].owed |= self._schedules[name].interval == 'epoch'
+                    self._schedules[name].load_state_dict(state)
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if not self._is_on:
             return
         step = trainer.fit_loop.epoch_loop._batches_that_stepped
-        if self._is_first_batch:
-            self._is_first_batch = False
-            self._drop_stale_lines(trainer, step)
+        # All that a step costs at which nothing is due.
+        self._is_awake = step >= self._wake or trainer.is_last_batch or trainer.current_epoch != self._epoch
+        if not self._is_awake:
+            return
+        if self._first_step is None:
+            self._first_step = step
+            self._drop_stale_lines(trainer, lambda row: row['step'] >= step)
         last = _is_last_step(trainer, batch_idx)
-        now = self._ask_the_time(trainer, step)
+        # Not at the hook for it, which Lightning leaves out where a run goes on.
+        if trainer.current_epoch != self._epoch:
+            self._start_epoch(trainer.current_epoch, step)
+        now, self._clock = (time.monotonic() if processes() == 1 else self._clock), None
         for schedule in self._schedules.values():
             schedule.tick(step, last, now)
         if self._source == 'train':
@@ -210,7 +233,7 @@ class PlasticityMonitor(*_BASES):
             self._look_away()
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        if not self._is_on or not self._owed('gradients'):
+        if not self._is_awake or not self._owed('gradients'):
             return
         own = {id(param) for group in optimizer.param_groups for param in group['params']}
         gradients = {name: param.grad for name, param in self._weights(pl_module).items()
@@ -222,31 +245,38 @@ class PlasticityMonitor(*_BASES):
                 self._gradients.setdefault(name, {}).update(stats)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if not self._is_on:
+        if not self._is_awake:
             return
         self._look_away()
-        ready = {}
-        if not trainer.fit_loop.epoch_loop._should_accumulate():
+        ready, stepped = {}, not trainer.fit_loop.epoch_loop._should_accumulate()
+        if stepped:
             for name in self._owed('weights'):
+                ready[name] = {}  # also where it fails here: other processes have it
                 with self._guarding(name):
                     ready[name] = self._metrics[name].statistics(self._measurable(name, pl_module))
             ready.update({name: self._gradients.get(name, {}) for name in self._owed('gradients')})
-        if self._source == 'train':
-            ready.update(self._close_windows(trainer, epoch_ends=_is_last_step(trainer, batch_idx)
-                                             and not trainer.fit_loop.epoch_loop._should_accumulate()))
-        self._publish(trainer, pl_module, ready)
-        self._gradients = {}
+        windows = self._windows if self._source == 'train' else {}
+        for window in windows.values():
+            window.batches += 1
+        self._publish(trainer, pl_module, ready, windows, epoch_ends=stepped and _is_last_step(trainer, batch_idx),
+                      asks=stepped and self._asks_the_time(trainer))
+        if stepped:
+            self._gradients = {}
+            self._wake = self._next_step(trainer, pl_module, batch_idx)
 
     def on_train_epoch_end(self, trainer, pl_module):
+        self._look_away()
         # What an epoch that ended early has left; the step counter is one ahead.
         if self._is_on and self._source == 'train':
-            self._publish(trainer, pl_module, self._close_windows(trainer, epoch_ends=True), behind=1)
+            self._publish(trainer, pl_module, {}, self._windows, epoch_ends=True, behind=1)
 
     def on_validation_start(self, trainer, pl_module):
         if self._looks_at_validation(trainer):
             is_last = _is_last_validation(trainer)
+            step = trainer.fit_loop.epoch_loop._batches_that_stepped
             self._open_windows([name for name in self._of('activations') if self._schedules[name].owed
-                                or (is_last and not self._schedules[name].measured)])
+                                or (is_last and not self._schedules[name].measured
+                                    and step >= self._schedules[name].not_before)])
 
     def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
         if self._looks_at_validation(trainer):
@@ -258,19 +288,22 @@ class PlasticityMonitor(*_BASES):
     def on_validation_epoch_end(self, trainer, pl_module):
         # Before on_validation_end, where EarlyStopping reads what we measured.
         if self._looks_at_validation(trainer):
-            self._publish(trainer, pl_module, self._close_windows(trainer, epoch_ends=True))
+            self._publish(trainer, pl_module, {}, self._windows, epoch_ends=True)
 
     def on_exception(self, trainer, pl_module, exception):
         self._look_away()
+        self._say_what_failed()
 
     def teardown(self, trainer, pl_module, stage):
         self._look_away()
+        self._say_what_failed()
         if self._is_on and stage == 'fit':
-            self._is_on = False
+            self._is_on = self._is_awake = False
             missed = [name for name in self._metrics if name not in self._measured]
             if missed and trainer.is_global_zero:
                 print(f'PlasticityMonitor: asked for and never measured: {", ".join(missed)}')
-            self._restored = {}
+            if self._measured and trainer.is_global_zero and self._file is not None and self._file.fpath.exists():
+                _say_uncut(f'To see the plasticity of this run: {report_command(self._file.fpath.parent)}')
 
     def state_dict(self):
         if not self._is_on:
@@ -279,13 +312,13 @@ class PlasticityMonitor(*_BASES):
         schedules = {name: schedule.state_dict(now) for name, schedule in self._schedules.items()}
         for name in self._windows:
             schedules[name]['owed'] = True  # what it has seen is not saved
-        return {'version': 1, 'time': time.time(), 'schedules': schedules}
+        return {'version': 1, 'time': time.time(), 'epoch': self._epoch, 'schedules': schedules}
 
     def load_state_dict(self, state_dict):
         # It may be of another version: what cannot be read is left alone.
         schedules = state_dict.get('schedules')
         schedules = schedules if isinstance(schedules, dict) else {}
-        self._restored = {'time': state_dict.get('time'),
+        self._restored = {'time': state_dict.get('time'), 'epoch': state_dict.get('epoch'),
                           'schedules': {k: v for k, v in schedules.items() if isinstance(v, dict)}}
 
     # --- when ---------------------------------------------------------------
@@ -296,22 +329,46 @@ class PlasticityMonitor(*_BASES):
     def _owed(self, kind):
         return [name for name in self._of(kind) if self._schedules[name].owed]
 
+    def _next_step(self, trainer, pl_module, batch_idx):
+        """ The first step after this one at which anything can be due; see also on_train_batch_start. """
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped
+        in_steps = [name for name, metric in self._metrics.items()
+                    if metric.looks_at != 'activations' or self._source == 'train']
+        if (self._timed() or self._source == 'train' and self._windows
+                or any(self._schedules[name].owed for name in in_steps)):
+            return step + 1
+        wake = min((schedule.next_due(step + 1) for schedule in self._schedules.values()), default=math.inf)
+        if not all(schedule.measured for schedule in self._schedules.values()):
+            wake = min(wake, step + _steps_until_the_last(trainer, pl_module, batch_idx))
+        return wake
+
+    def _start_epoch(self, epoch, step):
+        self._epoch = epoch
+        for schedule in self._schedules.values():
+            schedule.start_epoch()
+        if self._source == 'train':
+            # The window of an epoch opens with it, not with its last step.
+            for schedule in map(self._schedules.get, self._of('activations')):
+                schedule.owed |= schedule.interval == 'epoch' and step >= schedule.not_before
+
     def _looks_at_validation(self, trainer):
         return self._is_on and self._source == 'validation' and not trainer.sanity_checking
 
-    def _ask_the_time(self, trainer, step):
-        """ A clock that all processes share, or None where it is not worth a collective. """
-        timed = [s for s in self._schedules.values() if s.seconds is not None]
-        if not timed or processes() == 1:
-            return time.monotonic()
-        if not self._clock_poll.is_due(step):
-            return None
-        now = exchange({'now': time.monotonic()}, trainer.strategy.root_device)[0]['now']
-        progress = max((now - s.since) / s.seconds for s in timed) if all(s.since for s in timed) else 0
-        self._clock_poll.answer(step, min(progress, 1.))
-        if progress >= 1:
-            self._clock_poll = Poll()
-        return now
+    def _timed(self):
+        return [schedule for schedule in self._schedules.values() if schedule.seconds is not None]
+
+    def _asks_the_time(self, trainer):
+        """ Whether the time is worth a message, after which all processes know it. """
+        return (processes() > 1 and bool(self._timed())
+                and self._clock_poll.is_due(trainer.fit_loop.epoch_loop._batches_that_stepped))
+
+    def _set_the_clock(self, trainer, now):
+        self._clock = now
+        waits = [(now - schedule.since) / schedule.seconds for schedule in self._timed() if schedule.since is not None]
+        if waits:
+            self._clock_poll.answer(trainer.fit_loop.epoch_loop._batches_that_stepped, min(max(waits), 1.))
+            if max(waits) >= 1:
+                self._clock_poll = Poll()
 
     # --- what ---------------------------------------------------------------
 
@@ -356,6 +413,7 @@ class PlasticityMonitor(*_BASES):
                         with self._guarding(name):
                             self._metrics[name].observe(window.stats, site, output, axis, saturated)
 
+        self._look_away()  # where a hook of the model has ended the last batch before its end
         with self._guarding(*windows):
             capture = Capture(pl_module, observe, on_error=lambda ex: self._fail(windows))
             capture.__enter__()
@@ -368,113 +426,175 @@ class PlasticityMonitor(*_BASES):
             capture, self._capture = self._capture, None
             capture.__exit__(None, None, None)
 
-    def _close_windows(self, trainer, epoch_ends):
-        """ Take the statistics of the windows that have seen enough. """
-        closed = {name: window for name, window in self._windows.items() if epoch_ends or window.is_full}
-        if not epoch_ends and processes() > 1:
-            closed = self._full_everywhere(trainer)
-        for name in closed:
-            del self._windows[name]
-        return closed
+    def _asked_windows(self, windows, epoch_ends):
+        """ Those that may have seen enough; what others have seen of them is not known yet. """
+        if epoch_ends:
+            return dict(windows)
+        if processes() == 1:
+            return {name: window for name, window in windows.items() if window.is_full}
+        return {name: window for name, window in windows.items() if window.poll.is_due(window.batches)}
 
-    def _full_everywhere(self, trainer):
-        polled = {name: window for name, window in self._windows.items() if window.poll.is_due(window.batches)}
-        if not polled:
-            return {}
-        seen = exchange({name: window.examples for name, window in polled.items()}, trainer.strategy.root_device)
-        closed = {}
-        for name, window in polled.items():
-            progress = min(own[name] for own in seen) / window.wanted
+    @staticmethod
+    def _not_full_everywhere(asked, messages):
+        """ Those of which some process has not seen enough. """
+        waiting = set()
+        for name, window in asked.items():
+            progress = min(message['examples'][name] for message in messages) / window.wanted
             window.poll.answer(window.batches, progress)
-            if progress >= 1:
-                closed[name] = window
-        return closed
+            if progress < 1:
+                waiting.add(name)
+        return waiting
 
     # --- results ----------------------------------------------------------------
 
-    def _publish(self, trainer, pl_module, ready, behind=0):
-        """ Add up over processes, compute, move all numbers to the host at once, hand them out. """
-        if not ready:
-            return
-        stats, samples = self._combine(trainer, pl_module, ready)
+    def _publish(self, trainer, pl_module, ready, windows, epoch_ends=False, asks=False, behind=0):
+        """
+        Add up over processes, compute, move all numbers to the host at once, hand them out.
+
+        All processes come here with the same names in `ready` and `windows`.
+        """
+        asked = self._asked_windows(windows, epoch_ends)
+        if ready or asked or asks:
+            with self._spending(*ready, *asked):
+                self._publish_what_is_asked(trainer, pl_module, ready, asked, epoch_ends, behind)
+            if self._budget is not None:
+                self._keep_to_the_budget(trainer, behind)
+
+    def _publish_what_is_asked(self, trainer, pl_module, ready, asked, epoch_ends, behind):
+        stats, samples = self._combine(trainer, pl_module, ready, asked, epoch_ends)
         results = {}
-        for name in ready:
-            if name in self._metrics and stats[name]:
+        for name, own in stats.items():
+            if own:
                 with self._guarding(name):
-                    for tag, result in self._metrics[name].compute(stats[name]).items():
-                        results[tag] = name, result
+                    results.update({tag: (name, check_result(tag, result))
+                                    for tag, result in self._metrics[name].compute(own).items()})
         if not results:
             return
         columns = _to_host(results)
-        for name in {name for name, _ in results.values()}:
-            self._measured.add(name)
-            if self._metrics[name].looks_at != 'activations':
-                self._schedules[name].done(time.monotonic() if processes() == 1 else None)
         step = trainer.fit_loop.epoch_loop._batches_that_stepped - behind
         now, epoch = time.time(), trainer.current_epoch
         rows = []
         for tag, (name, result) in results.items():
             value, numbers = columns[tag]
-            layers = {layer: {key: plain(x) for key, x in zip(numbers, row, strict=True) if key == 'value' or x}
-                      for layer, row in zip(result.names, zip(*numbers.values(), strict=True), strict=True)}
-            self._note_nonfinite(trainer, pl_module, name, layers)
-            rows.append({'metric': tag, 'step': step, 'epoch': epoch, 'time': now, 'samples': samples.get(name),
-                         'value': plain(value), 'layers': layers})
+            with self._guarding(name):
+                layers = {layer: {key: plain(x) for key, x in zip(numbers, row, strict=True) if key == 'value' or x}
+                          for layer, row in zip(result.names, zip(*numbers.values(), strict=True), strict=True)}
+                rows.append({'metric': tag, 'step': step, 'epoch': epoch, 'time': now, 'samples': samples.get(name),
+                             'value': plain(value), 'layers': layers})
+                self._measured.add(name)
         scalars = {f'plasticity/{tag}': value for tag, (value, _) in columns.items()}
         trainer.callback_metrics.update({tag: torch.tensor(value) for tag, value in scalars.items()})
+        if self.prog_bar:
+            _show(trainer, {tag: value for tag, (value, _) in columns.items()})
         if trainer.is_global_zero:
             if self._file is not None:
+                if self._first_step is None or step < self._first_step:
+                    # A validation that runs again; where it does not, its lines stay.
+                    self._drop_stale_lines(trainer, lambda row: row['step'] == step and any(
+                        row['metric'] == new['metric'] for new in rows))
                 self._file.add(rows)
+                self._write_script()
             if self.per_layer:
                 scalars.update({f'plasticity_layers/{row["metric"]}/{layer}': math.nan if own['value'] is None
                                 else own['value'] for row in rows for layer, own in row['layers'].items()})
-            self._loggers.log(scalars, step)
+            self._loggers.log(scalars, step, rows)
+        if self._budget is not None:
+            self._budget.count({name for name, _ in results.values()})
 
-    def _combine(self, trainer, pl_module, ready):
+    def _spending(self, *names):
+        return contextlib.nullcontext() if self._budget is None else self._budget.spending(names)
+
+    def _keep_to_the_budget(self, trainer, behind):
+        """ Let what is too dear wait, on all processes alike, and say so. """
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped - behind
+        numbers = exchange(self._budget.numbers(), trainer.strategy.root_device)[0]
+        steps = max(step - self._first_step, 0) + 1
+        asked = {name: _steps_of(schedule, trainer, steps, numbers['seconds'])
+                 for name, schedule in self._schedules.items()}
+        overhead, waits = self._budget.plan(numbers, steps, asked)
+        intervals = {}
+        for name, schedule in self._schedules.items():
+            wait = waits.get(name, 0)
+            schedule.not_before = step + wait
+            intervals[name] = wait if wait > asked[name] else schedule.steps or schedule.interval
+        trainer.callback_metrics['plasticity/overhead'] = torch.tensor(overhead)
+        if trainer.is_global_zero:
+            row = {'metric': 'overhead', 'step': step, 'epoch': trainer.current_epoch, 'time': time.time(),
+                   'samples': None, 'value': overhead, 'layers': {}, 'intervals': intervals}
+            if self._file is not None:
+                self._file.add([row])
+            self._loggers.log({'plasticity/overhead': overhead}, step, [])
+
+    def _combine(self, trainer, pl_module, ready, asked, epoch_ends):
         """ Statistics and examples of all processes; what has failed on one is off on all. """
-        stats = {name: own.stats if isinstance(own, Window) else own for name, own in ready.items()}
-        examples = {name: own.examples for name, own in ready.items() if isinstance(own, Window)}
-        additive = {name: own if name in examples else _sharded(own, pl_module) for name, own in stats.items()}
+        ready = {**ready, **{name: window.stats for name, window in asked.items()}}
+        additive = {name: own if name in asked else _sharded(own, pl_module) for name, own in ready.items()}
         device = trainer.strategy.root_device
-        messages = exchange({'failed': sorted(self._failed), 'examples': examples,
-                             'layout': {name: layout_of(own) for name, own in additive.items()}}, device)
-        total = add_up(additive, [message['layout'] for message in messages], device)
-        stats = {name: {**own, **total[name]} for name, own in stats.items()}
-        for name in {name for message in messages for name in message['failed']}:
-            self._failed.discard(name)
+        messages = exchange({
+            'failed': sorted(self._failed), 'has': [name for name, own in ready.items() if own],
+            'examples': {name: window.examples for name, window in asked.items()}, 'now': time.monotonic(),
+            'layout': {name: layout_of(own) for name, own in additive.items()}}, device)
+        if processes() > 1:
+            self._set_the_clock(trainer, messages[0]['now'])
+        layouts = [message['layout'] for message in messages]
+        gone = self._switch_off(messages, contradictions(layouts))
+        if not epoch_ends:
+            gone |= self._not_full_everywhere(asked, messages)
+        names = [name for name in ready if name not in gone]
+        total = add_up({name: additive[name] for name in names},
+                       [{name: layout[name] for name in names} for layout in layouts], device)
+        stats, samples = {}, {}
+        for name in names:
+            stats[name] = {**ready[name], **total[name]}
+            if name in asked:
+                del self._windows[name]
+                readable = site_names(stats[name])
+                stats[name] = {readable[site]: own for site, own in stats[name].items()}
+                samples[name] = sum(message['examples'][name] for message in messages)
+            elif any(name in message['has'] for message in messages):
+                # Also if its values cannot be computed here: all processes have to agree.
+                self._schedules[name].done()
+        return stats, samples
+
+    def _switch_off(self, messages, contradictory):
+        """ What cannot be measured on one process is not measured on any. """
+        for name, why in contradictory.items():
+            if rank() == 0:
+                print(f'PlasticityMonitor: {name} differs between processes and will not be measured any more: {why}')
+        failed = [set(message['failed']) for message in messages]
+        gone = set(contradictory).union(*failed)
+        # The first of those on which it failed says so.
+        self._say_what_failed(set().union(*failed[:rank()]))
+        for name in gone:
+            self._failed.pop(name, None)
             self._windows.pop(name, None)
             if self._metrics.pop(name, None):
                 del self._schedules[name]
-        for name in examples:
-            names = site_names(stats[name])
-            stats[name] = {names[site]: own for site, own in stats[name].items()}
-        return stats, {name: sum(message['examples'].get(name, 0) for message in messages) for name in examples}
-
-    def _note_nonfinite(self, trainer, pl_module, name, layers):
-        """ The share of non-finite numbers of the layers that have any. """
-        bad = {layer for layer, own in layers.items() if own['value'] is None}
-        kind = self._metrics[name].looks_at
-        # Clipping has changed the gradients since they were measured.
-        if bad and (kind == 'weights' or kind == 'gradients' and not trainer.gradient_clip_val):
-            tensors = {layer: weight if kind == 'weights' else weight.grad
-                       for layer, weight in self._weights(pl_module).items() if layer in bad}
-            for layer, share in nonfinite_shares(tensors).items():
-                layers[layer]['nonfinite'] = share
+        return gone
 
     # --- faults -------------------------------------------------------------------
 
     @contextlib.contextmanager
     def _guarding(self, *names):
         """ What fails in here is a fault of ours: it costs the metric, not the run. """
-        try:
-            yield
-        except Exception:
-            self._fail(names)
+        with self._spending(*names):
+            try:
+                yield
+            except Exception:
+                self._fail(names)
 
     def _fail(self, names):
-        print(f'PlasticityMonitor: {", ".join(names)} failed and will not be measured any more:')
-        traceback.print_exc()
-        self._failed |= set(names)
+        text = (f'PlasticityMonitor: {", ".join(names)} failed and will not be measured any more:\n'
+                f'{traceback.format_exc()}')
+        if rank() == 0:
+            print(text)
+        # What fails on all processes is said once: others wait until they know.
+        self._failed.update(dict.fromkeys(names, '' if rank() == 0 else text))
+
+    def _say_what_failed(self, said=()):
+        for text in {text for name, text in self._failed.items() if text and name not in said}:
+            print(text)
+        self._failed = dict.fromkeys(self._failed, '')
 
     # --- what is said and written ----------------------------------------------
 
@@ -498,14 +618,50 @@ class PlasticityMonitor(*_BASES):
         shown = without[:6] + ([f'and {len(without) - 6} more'] if len(without) > 6 else [])
         return f'PlasticityMonitor: {"; ".join(parts)}' + (f'. Not watched: {"; ".join(shown)}' if shown else '')
 
-    def _drop_stale_lines(self, trainer, step):
-        """ A run that goes on from a checkpoint measures the steps after it once more. """
+    def _write_script(self):
+        """ Beside the first lines, as the host does it for its pictures. """
+        if not self._has_script:
+            self._has_script = True
+            try:
+                write_report_script(self._file.fpath.parent)
+            except OSError as ex:
+                warnings.warn(f'PlasticityMonitor: the script for the report could not be written ({ex}); training '
+                              'and logging go on', stacklevel=2)
+
+    def _drop_stale_lines(self, trainer, is_stale):
+        """ A run that goes on from a checkpoint measures what came after it once more. """
         if trainer.ckpt_path and trainer.is_global_zero and self._file is not None:
             saved = self._restored.get('time')
-            self._file.drop(lambda row: row['time'] > saved if saved else row['step'] >= step)
+            saved = saved if isinstance(saved, (int, float)) else -math.inf
+            self._file.drop(lambda row: row['time'] > saved and is_stale(row))
 
 
 # --- what Lightning and the model say -------------------------------------------
+
+class _InBar(float):
+    """ A number with three significant digits in the progress bar, which would show 0.0001 as 0.000. """
+
+    def __format__(self, spec):
+        return format(float(self), '.3g')
+
+
+def _say_uncut(line):
+    """ While rich's progress bar is on it breaks what is printed into lines, and a command could not be pasted. """
+    console = getattr(sys.stdout, '_FileProxy__console', None)
+    if console is None:
+        print(line)
+    else:
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def _show(trainer, values):
+    """ Put values into the progress bar, by names as short as they can be. """
+    # What the bar reads; the public property computes what the model has logged, in the middle of an epoch.
+    shown = trainer._logger_connector._progress_bar_metrics
+    for name, value in values.items():
+        is_free = isinstance(shown.get(name, _InBar()), _InBar)
+        shown[name if is_free else f'plasticity/{name}'] = _InBar(value)
+
 
 def _resolve(interval, metric, trainer):
     if interval != 'auto':
@@ -535,6 +691,27 @@ def _is_last_step(trainer, batch_idx):
         return True
     batches, accumulate = trainer.num_training_batches, trainer.accumulate_grad_batches
     return batches != math.inf and batch_idx // accumulate == (batches - 1) // accumulate
+
+
+def _steps_until_the_last(trainer, pl_module, batch_idx):
+    """ How many steps after this one the last one of the epoch comes, as far as that is known. """
+    left = math.inf
+    batches, accumulate = trainer.num_training_batches, trainer.accumulate_grad_batches
+    if batches != math.inf:
+        left = (batches - 1) // accumulate - batch_idx // accumulate
+    if trainer.max_steps > 0:
+        # Manual optimization may step any number of times in a batch.
+        left = min(left, trainer.max_steps - trainer.global_step if pl_module.automatic_optimization else 1)
+    return max(left, 1)
+
+
+def _steps_of(schedule, trainer, steps, seconds):
+    """ About how many steps are between two measurements that are asked for. """
+    if schedule.seconds is not None:
+        return max(schedule.seconds * steps / seconds, 1)
+    batches, accumulate = trainer.num_training_batches, trainer.accumulate_grad_batches
+    epoch = steps if batches == math.inf else -(-batches // accumulate)
+    return min(schedule.steps or epoch, max(epoch, 1))
 
 
 def _is_last_validation(trainer):

@@ -20,12 +20,16 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.modules import module as torch_module
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 from ._saturation import SATURATED_VALUES, saturated_values
 from ._units import LAYER_FUNCTIONS, NORM_AXIS, SLICES, Place, default_axis, follow_units, layer_axis
 from ._weights import clean_name
+
+_graph_task = torch._C._current_graph_task_id
+_functorch_level = torch._C._functorch.peek_interpreter_stack
 
 # Modules and functions that compute activations inside one kernel.
 FUSED_MODULES = (nn.RNNBase, nn.RNNCellBase)
@@ -70,7 +74,7 @@ class Site:
         parent = self.module.rpartition('.')[0] if self.is_module else self.module
         layer = self.layer.removeprefix(f'{parent}.') if parent else self.layer
         at_layer = f'{short}@{layer}' if layer else short
-        numbered = f'{at_layer}#{self.nth + 1}' if self.nth else at_layer
+        numbered = f'{at_layer}#{self.nth + 1}'
         return [short, at_layer, numbered, f'{numbered}:{self.function}/{self.units}']
 
 
@@ -131,7 +135,8 @@ class Capture(TorchFunctionMode):
     Reports every activation call inside a ``with`` block.
 
     Nothing is attached to the model: the modules that run are followed by two
-    global hooks of torch, which are removed on exit.
+    global hooks of torch, which are removed on exit. An activation of weights
+    alone, such as a learned gate, has no samples and is not reported.
 
     Args:
         model (torch.nn.Module): names of layers come from it
@@ -169,7 +174,7 @@ class Capture(TorchFunctionMode):
         self._constants = {}    # id of a parameter or buffer to the path of its layer
         for path, module in self._model.named_modules():
             path = self._paths[id(module)] = clean_name(path)
-            layer = _layer_path(path)
+            layer = _layer_path(path) if 'parametrizations' in path else path
             for table in (module._parameters, module._buffers):
                 for tensor in table.values():
                     self._constants[id(tensor)] = layer
@@ -186,7 +191,10 @@ class Capture(TorchFunctionMode):
         with contextlib.ExitStack() as exit:
             exit.enter_context(_eager())
             exit.callback(register_module_forward_pre_hook(self._entering).remove)
-            exit.callback(register_module_forward_hook(self._leaving, with_kwargs=True, always_call=True).remove)
+            handle = register_module_forward_hook(self._leaving, with_kwargs=True, always_call=True)
+            # Of a hook with kwargs, torch leaves an entry behind.
+            exit.callback(getattr(torch_module, '_global_forward_hooks_with_kwargs', {}).pop, handle.id, None)
+            exit.callback(handle.remove)
             super().__enter__()
             self._exit = exit.pop_all()
         return self
@@ -209,10 +217,13 @@ class Capture(TorchFunctionMode):
         try:
             function(*args)
         except Exception as ex:
-            self._broken = True
-            if self._on_error is None:
-                raise
-            self._on_error(ex)
+            self._fail(ex)
+
+    def _fail(self, error):
+        self._broken = True
+        if self._on_error is None:
+            raise error
+        self._on_error(error)
 
     # --- the modules that run ----------------------------------------------
 
@@ -281,8 +292,11 @@ class Capture(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         output = func(*args, **kwargs) if kwargs else func(*args)
         # Activation checkpointing runs the forward again inside backward.
-        if not self._broken and torch._C._current_graph_task_id() == -1:
-            self._guard(self._follow, func, args, kwargs or {}, output)
+        if not self._broken and _graph_task() == -1:
+            try:
+                self._follow(func, args, kwargs or {}, output)
+            except Exception as ex:
+                self._fail(ex)
         return output
 
     # This runs for each call of a torch function: it has to be cheap.
@@ -293,7 +307,7 @@ class Capture(TorchFunctionMode):
             outputs = [x for x in _tensors(output) if x.is_floating_point()]
         else:
             outputs = None
-        if not outputs or torch._C._functorch.peek_interpreter_stack() is not None:
+        if not outputs or _functorch_level() is not None:
             return
         name = _name_of(func)
         path = self._stack[-1].path if self._stack else ''
@@ -317,7 +331,11 @@ class Capture(TorchFunctionMode):
         is_constant = bool(inputs) and None not in owners
         if name in LAYER_FUNCTIONS and (LAYER_FUNCTIONS[name] or (not is_constant and any(
                 owner is not None for owner in owners))):
-            layer = next((owner for owner in owners if owner is not None), path)
+            layer = path
+            for owner in owners:
+                if owner is not None:
+                    layer = owner
+                    break
             self._start(layer, outputs, layer_axis(name, args, kwargs, owners, output))
         elif is_constant:
             for x in outputs:
@@ -330,12 +348,13 @@ class Capture(TorchFunctionMode):
                 if name in SLICES and x.ndim and x.numel() < source.numel() and (
                         x.shape[place.axis] == source.shape[trail.place.axis]):
                     extent = next(self._order)
-                same = place is trail.place and extent == trail.extent
+                same = place == trail.place and extent == trail.extent
                 self._remember(x, trail if same else _Trail(trail.run, place, extent))
         elif name in NORM_AXIS:
             self._start(path, outputs, NORM_AXIS[name])
         if name in SATURATED_VALUES and not self._inside:
-            self._report(name, saturated_values(name, args, kwargs), outputs[0])
+            known = self._known.get(id(outputs[0]))
+            self._report(name, saturated_values(name, args, kwargs), outputs[0], known and known.trail)
 
     def _start(self, layer, outputs, axis):
         """ A layer ran: everything made of its output leads back to here. """
@@ -368,16 +387,16 @@ class Capture(TorchFunctionMode):
             self._stack.append(entered)
             try:
                 with torch._C.DisableTorchFunction():  # unlike a call, a hook runs under our mode
-                    self._report(entered.activation, saturated_values(entered.activation), output)
+                    self._report(entered.activation, saturated_values(entered.activation), output,
+                                 self._trail_of([output]))
             finally:
                 self._stack.pop()
 
-    def _report(self, name, values, output):
+    def _report(self, name, values, output, trail):
         if not _can_be_read(output):
             return
         entered = self._stack[-1] if self._stack else None
         path = entered.path if entered else ''
-        trail = self._trail_of([output])
         if trail is None:
             layer, axis, nth = '', default_axis(output), 0
         else:
@@ -435,7 +454,7 @@ def _eager():
 def _is_leaf(entered):
     """ Whether a module goes by its path alone: nn.ReLU, or a user's own without layers. """
     return bool(entered.path) and not entered.module._modules and all(
-        param.ndim < 2 for param in entered.module.parameters())
+        param is None or param.ndim < 2 for param in entered.module._parameters.values())
 
 
 def _can_be_read(tensor):
@@ -450,7 +469,8 @@ def _tensors(items):
         if isinstance(item, torch.Tensor):
             found.append(item)
         elif isinstance(item, (list, tuple)):
-            found += _tensors(item)
+            if item and type(item[0]) is not int:  # most are strides and sizes
+                found += _tensors(item)
         elif isinstance(item, dict):
             found += _tensors(item.values())
     return found

@@ -45,6 +45,20 @@ class Metric:
         looks_at (str): 'weights', 'gradients' or 'activations'
         dear (bool): if True, ``interval='auto'`` is once per epoch
         tags (Tuple[str, ...]): what it logs, under ``plasticity/``
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import Metric, Result
+        >>> import torch
+        >>> class LargestWeight(Metric):
+        >>>     name, looks_at, tags = 'largest_weight', 'weights', ('largest_weight',)
+        >>>     def statistics(self, tensors, scale=1.):
+        >>>         return {name: {'largest': w.detach().abs().max()} for name, w in tensors.items()}
+        >>>     def compute(self, stats):
+        >>>         largest = torch.stack([own['largest'] for own in stats.values()])
+        >>>         return {self.name: Result(largest.max(), list(stats), {'value': largest})}
+        >>> metric = LargestWeight()
+        >>> metric.compute(metric.statistics({'fc': torch.tensor([[1., -3.]])}))['largest_weight'].value.item()
+        3.0
     """
     name = None
     looks_at = None
@@ -99,6 +113,37 @@ class Metric:
             Dict[str, Result]: for each tag
         """
         raise NotImplementedError
+
+
+def check_result(tag, result):
+    """
+    Refuse what could not be written, for metrics that are being developed.
+
+    Args:
+        tag (str): of the result
+        result (Result):
+
+    Returns:
+        Result: the same
+
+    Raises:
+        ValueError: if it is not what :class:`Result` says
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._metric import Result, check_result
+        >>> import torch
+        >>> check_result('mine', Result(torch.tensor(.5), ['fc1'], {'value': [.5]})).names
+        ['fc1']
+    """
+    if not isinstance(result, Result):
+        raise ValueError(f'Expected {tag!r} to be a Result, but got {result!r}')
+    if not isinstance(result.value, torch.Tensor) or result.value.ndim:
+        raise ValueError(f'Expected `value` of {tag!r} to be a tensor without dimensions, but got {result.value!r}')
+    sizes = {key: len(x) for key, x in result.columns.items()}
+    if 'value' not in sizes or set(sizes.values()) != {len(result.names)}:
+        raise ValueError(f"Expected 'value' and other columns of {tag!r} to have a number for each of "
+                         f'{len(result.names)} layers, but got {sizes}')
+    return result
 
 
 def column(stats, field):

@@ -34,6 +34,21 @@ def processes():
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def rank():
+    """
+    Which of the processes this is.
+
+    Returns:
+        int: 0 without torch.distributed
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._reduce import rank
+        >>> rank()
+        0
+    """
+    return dist.get_rank() if processes() > 1 else 0
+
+
 def exchange(message, device):
     """
     Let all processes know each other's message. All of them have to call it.
@@ -88,8 +103,33 @@ def layout_of(stats):
         >>> layout_of({'fc1': {'gram': torch.eye(2)}})
         [('fc1', {'gram': [2, 2]})]
     """
-    return [(list(dataclasses.astuple(key)) if isinstance(key, Site) else key, {field: list(x.shape) for field, x in own.items()})
-            for key, own in stats.items()]
+    return [(list(dataclasses.astuple(key)) if isinstance(key, Site) else key,
+             {field: list(x.shape) for field, x in own.items()}) for key, own in stats.items()]
+
+
+def contradictions(layouts):
+    """
+    Metrics of which processes have statistics that cannot be added.
+
+    Args:
+        layouts (List[Dict[str, List]]): of all processes, by metric, see :func:`layout_of`
+
+    Returns:
+        Dict[str, str]: name of the metric to what is wrong
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._reduce import contradictions
+        >>> contradictions([{'erank': [('fc1', {'gram': [2, 2]})]}, {'erank': [('fc1', {'gram': [3, 3]})]}])
+        {'erank': "'fc1' has the shapes {'gram': [2, 2]} and {'gram': [3, 3]}"}
+    """
+    found, union = {}, {}
+    for layout in layouts:
+        for metric, sites in layout.items():
+            for key, fields in sites:
+                first = union.setdefault((metric, str(key)), fields)
+                if first != fields:
+                    found.setdefault(metric, f'{key!r} has the shapes {first} and {fields}')
+    return found
 
 
 def add_up(stats, layouts, device):

@@ -22,6 +22,7 @@ class Schedule:
     Attributes:
         owed (bool): whether a measurement is due and not made yet
         measured (bool): whether one was made in this epoch
+        not_before (int): step before which none falls due, to keep to a budget
         seconds (float | None): the duration, if that is what was given
 
     Raises:
@@ -58,7 +59,10 @@ class Schedule:
                 "Expected an interval to be a positive number of steps, 'epoch', 'auto', "
                 f"or a duration such as '5 minutes', but got {interval!r}")
         self.owed = self.measured = False
+        self.not_before = 0
         self.since = None
+        self._now = None
+        self._elapsed = 0.  # since the last measurement, before a checkpoint
         self._step = self._done_step = None
 
     def start_epoch(self):
@@ -75,42 +79,46 @@ class Schedule:
             now (float | None): seconds on a clock that all processes share;
                 None if this is no moment to compare it
         """
-        if step == self._done_step:
+        if step == self._done_step or step < self.not_before:
             return
         self._step = step
         if self.steps is not None:
             due = (step + 1) % self.steps == 0
         elif self.seconds is not None and now is not None:
             if self.since is None:
-                self.since = now
+                self.since = now - self._elapsed
+            self._now = now
             due = now - self.since >= self.seconds
         else:
             due = False
         if due or (last and not self.measured):
             self.owed = True
 
-    def done(self, now=None):
-        """
-        Note that the measurement is made.
+    def next_due(self, step):
+        """ The first step from `step` on that a number of steps makes due; never for other intervals. """
+        if self.steps is None:
+            return math.inf
+        step = max(step, self.not_before)
+        return step + -(step + 1) % self.steps
 
-        Args:
-            now (float | None): seconds on the clock, see :func:`tick`
-        """
+    def done(self):
+        """ Note that the measurement is made. """
         self.owed, self.measured, self._done_step = False, True, self._step
-        if self.seconds is not None and now is not None:
-            self.since = now
+        # Of a clock that all processes share, they have to know the same time.
+        self.since = self._now
 
     def state_dict(self, now=None):
         """ What a checkpoint needs: plain values. """
-        elapsed = None if self.since is None or now is None else now - self.since
+        elapsed = self._elapsed if self.since is None or now is None else now - self.since
         return {'owed': self.owed, 'measured': self.measured, 'elapsed': elapsed}
 
-    def load_state_dict(self, state, now=None):
+    def load_state_dict(self, state):
         """ Go on from a checkpoint, also from one with other keys. """
         self.owed = bool(state.get('owed', False))
         self.measured = bool(state.get('measured', False))
-        if state.get('elapsed') is not None and now is not None:
-            self.since = now - float(state['elapsed'])
+        elapsed = state.get('elapsed')
+        if isinstance(elapsed, (int, float)) and math.isfinite(elapsed):
+            self._elapsed = elapsed
 
 
 def _seconds(text):

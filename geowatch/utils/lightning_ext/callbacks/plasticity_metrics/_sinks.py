@@ -5,7 +5,10 @@ import json
 import math
 import traceback
 import warnings
+from functools import partial
 from pathlib import Path
+
+from ._dashboard import Dashboard, is_tensorboard
 
 
 def plain(number):
@@ -31,7 +34,8 @@ class JsonLines:
     A file to which lines of JSON are added, each on disk as soon as it is there.
 
     What cannot be written, since the disk is full or the folder is gone, is
-    kept and tried again with the next lines; one warning says so.
+    kept and tried again with the next lines; one warning says so. Of more than
+    `most` characters the oldest lines are given up.
 
     Args:
         fpath (str | PathLike):
@@ -46,6 +50,8 @@ class JsonLines:
         '{"step": 1}\\n'
     """
 
+    most = 1 << 26
+
     def __init__(self, fpath):
         self.fpath = Path(fpath)
         self._waiting = ''
@@ -59,29 +65,40 @@ class JsonLines:
         self._waiting += ''.join(json.dumps(row) + '\n' for row in rows)
         try:
             self.fpath.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.fpath, 'ab+') as file:
-                # Not onto the half of a line that a killed run has left.
-                if file.tell() and not self._ends_a_line(file):
-                    self._waiting = '\n' + self._waiting
-                start = file.tell()
+            # Without a buffer, which would be written once more when the file is closed.
+            with open(self.fpath, 'ab+', buffering=0) as file:
+                self._mend(file)
+                start, data = file.seek(0, 2), self._waiting.encode()
                 try:
-                    file.write(self._waiting.encode())
-                    file.flush()
+                    while data:
+                        data = data[file.write(data):]
                 except OSError:
                     file.truncate(start)  # half of it would be there twice
                     raise
             self._waiting = ''
         except OSError as ex:
-            self._waiting = self._waiting.lstrip('\n')
+            if len(self._waiting) > self.most:
+                self._waiting = self._waiting[self._waiting.find('\n', -self.most // 2) + 1:]
             if not self._warned:
                 self._warned = True
                 warnings.warn(f'PlasticityMonitor: {self.fpath} cannot be written now ({ex}); training and logging '
                               'go on, and what was measured is kept and tried again', stacklevel=2)
 
     @staticmethod
-    def _ends_a_line(file):
+    def _mend(file):
+        """ A killed run may leave half a line, which would spoil the file for all that read it. """
+        if not file.tell():
+            return
         file.seek(-1, 2)
-        return file.read() == b'\n'
+        if file.read(1) != b'\n':
+            file.seek(0)
+            text = file.readall()
+            start = text.rfind(b'\n') + 1
+            try:
+                json.loads(text[start:])
+                file.write(b'\n')  # only its end is missing
+            except ValueError:
+                file.truncate(start)
 
     def drop(self, is_stale):
         """
@@ -114,6 +131,7 @@ class Loggers:
 
     Args:
         loggers (List[Logger]): of Lightning
+        tags (List[str]): what will be logged, for the dashboard of TensorBoard
 
     Example:
         >>> from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._sinks import Loggers
@@ -125,19 +143,27 @@ class Loggers:
         4
     """
 
-    def __init__(self, loggers):
-        self._loggers = list(loggers)
+    def __init__(self, loggers, tags=()):
+        self._writers = [(type(logger).__name__, partial(_log_scalars, logger)) for logger in loggers]
+        self._writers += [(f'The dashboard of {type(logger).__name__}', Dashboard(logger, tags).log)
+                          for logger in loggers if is_tensorboard(logger)]
 
-    def log(self, scalars, step):
+    def log(self, scalars, step, rows=()):
         """
         Args:
             scalars (Dict[str, float]): by tag
             step (int): on the x-axis
+            rows (List[dict]): the same with the layers, as in plasticity.jsonl
         """
-        for logger in list(self._loggers):
+        for writer in list(self._writers):
+            name, write = writer
             try:
-                logger.log_metrics(scalars, step=step)
+                write(scalars, step, rows)
             except Exception:
-                self._loggers.remove(logger)
-                print(f'PlasticityMonitor: {type(logger).__name__} has failed and gets no more of its values:')
+                self._writers.remove(writer)
+                print(f'PlasticityMonitor: {name} has failed and gets no more of its values:')
                 traceback.print_exc()
+
+
+def _log_scalars(logger, scalars, step, rows):
+    logger.log_metrics(scalars, step=step)

@@ -1,6 +1,8 @@
 """
 Sums of absolute values and of squares, with each tensor read once.
 """
+import math
+
 import torch
 
 from ._weights import local_part
@@ -20,15 +22,16 @@ def sums(tensors, shares_of_counts, squares=False):
         squares (bool): if True, sum squares as well
 
     Returns:
-        Dict[str, Dict[str, Tensor]]: for each tensor 0-d 'count', 'abs' and
-            if asked for 'squares', of the part that this process holds.
+        Dict[str, Dict[str, Tensor]]: for each tensor 0-d 'count', 'abs', if
+            asked for 'squares', and 'nonfinite', the share of numbers that are
+            not finite, of the part that this process holds.
 
     Example:
         >>> from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._sums import sums
         >>> import torch
         >>> stats = sums({'a': torch.tensor([[1., -3.]])}, {}, squares=True)
         >>> {key: float(x) for key, x in stats['a'].items()}
-        {'count': 2.0, 'abs': 4.0, 'squares': 10.0}
+        {'count': 2.0, 'abs': 4.0, 'squares': 10.0, 'nonfinite': 0.0}
     """
     if not tensors:
         return {}
@@ -38,15 +41,17 @@ def sums(tensors, shares_of_counts, squares=False):
         parts.append(part)
         shares.append(share)
         counts.append(tensor.numel() * share / _processes(tensor))
-    fields = ['abs', 'squares'] if squares else ['abs']
+    fields = ['abs', 'squares', 'nonfinite'] if squares else ['abs', 'nonfinite']
     rows = _sums_on_cpu(parts, squares) if parts[0].device.type == 'cpu' else _sums_on_device(parts, squares)
     # Made once, since a copy to the device has to wait for it.
     key = tuple(shares), tuple(counts), rows.device
     if key not in shares_of_counts:
         shares_of_counts.clear()
-        shares_of_counts[key] = torch.tensor([shares, counts], dtype=torch.float64).to(rows.device)
-    share, count = shares_of_counts[key]
-    rows = rows * share
+        per_number = [share / tensor.numel() for share, tensor in zip(shares, tensors.values(), strict=True)]
+        shares_of_counts[key] = torch.tensor([counts, *[shares] * (len(fields) - 1), per_number],
+                                             dtype=torch.float64).to(rows.device)
+    factors = shares_of_counts[key]
+    rows, count = rows * factors[1:], factors[0]
     return {name: {'count': n, **dict(zip(fields, row, strict=True))}
             for name, n, row in zip(tensors, count, rows.unbind(1), strict=True)}
 
@@ -61,25 +66,29 @@ def _processes(tensor):
 
 
 def _sums_on_cpu(parts, squares):
-    rows = []
+    absolute, square, owners = [], [], []
     buffers = {}
-    for part in parts:
-        flat = _flat(part)
+    for owner, part in enumerate(parts):
         # Half precision would overflow and round: it is read as float32.
         dtype = part.dtype if part.dtype is torch.float64 else torch.float32
         if dtype not in buffers:
             buffers[dtype] = torch.empty(min(_CHUNK, max(p.numel() for p in parts)), dtype=dtype)
-        chunks = []
-        for chunk in flat.split(_CHUNK):
+        for chunk in _flat(part).split(_CHUNK):
             buffer = buffers[dtype][:chunk.numel()]
             if chunk.dtype is not dtype:
                 chunk = buffer.copy_(chunk)
-            square = torch.dot(chunk, chunk) if squares else None
-            total = torch.abs(chunk, out=buffer).sum()
-            chunks.append(torch.stack([total, square]) if squares else total[None])
-        rows.append(torch.stack(chunks).double().sum(dim=0) if chunks
-                    else torch.zeros(1 + squares, dtype=torch.float64))
-    return torch.stack(rows, dim=1)
+            if squares:
+                square.append(torch.dot(chunk, chunk))
+            # No kernel of torch sums absolute values as fast as these two do.
+            absolute.append(torch.abs(chunk, out=buffer).sum())
+            owners.append(owner)
+    chunks = torch.stack([torch.stack(each) for each in ([absolute, square] if squares else [absolute])]).double()
+    rows = chunks.new_zeros(len(chunks), len(parts)).index_add_(1, torch.tensor(owners), chunks)
+    bad = rows.new_zeros(len(parts))
+    # To look at the sum costs nothing here, to count each time would.
+    if not math.isfinite(rows[0].sum()):
+        bad = torch.stack([nonfinite(part) for part in parts])
+    return torch.cat([rows, bad[None]])
 
 
 def _sums_on_device(parts, squares):
@@ -91,10 +100,54 @@ def _sums_on_device(parts, squares):
             where = [i for i, part in enumerate(parts) if part.dtype is dtype]
             wide = dtype if dtype is torch.float64 else torch.float32
             for i, norm in zip(where, torch._foreach_norm([parts[i] for i in where], order, dtype=wide), strict=True):
-                norms[i] = norm.double()
+                norms[i] = double(norm)
         norms = torch.stack(norms)
         rows.append(norms if order == 1 else norms.square())
-    return torch.stack(rows)
+    # Whether it is worth to count, only the host could tell: two kernels a tensor.
+    return torch.stack([*rows, torch.stack([nonfinite(part) for part in parts])])
+
+
+def nonfinite(tensor):
+    """
+    How many numbers are not finite, with little memory and no wait for the device.
+
+    Args:
+        tensor (Tensor): real floating point
+
+    Returns:
+        Tensor: 0-d float64
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._sums import nonfinite
+        >>> import torch
+        >>> nonfinite(torch.tensor([[1., float('nan')], [float('inf'), 0.]])).item()
+        2.0
+    """
+    chunks = _flat(tensor).split(1 << 22)
+    if tensor.element_size() == 1:  # float8 knows no difference
+        chunks = [chunk.float() for chunk in chunks]
+    # Only of a finite number the difference to itself is 0.
+    counts = [torch.count_nonzero(chunk - chunk) for chunk in chunks]
+    return double(torch.stack(counts).sum())
+
+
+def double(tensor):
+    """
+    A number as float64, on the CPU where the device has none.
+
+    Args:
+        tensor (Tensor):
+
+    Returns:
+        Tensor:
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._sums import double
+        >>> import torch
+        >>> double(torch.tensor(2)).dtype
+        torch.float64
+    """
+    return (tensor.cpu() if tensor.device.type == 'mps' else tensor).double()
 
 
 def _flat(tensor):

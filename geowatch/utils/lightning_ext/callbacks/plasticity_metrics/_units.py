@@ -12,6 +12,7 @@ Where it cannot be known, these are the rules:
 * A reshape that splits the units over two axes: of features, the last part; of
   channels, the first one. One that only takes apart what an earlier one had put
   together is followed exactly.
+* A tensor that is filled by assignments to parts of it: as without a layer.
 * A product of two activations, as in attention: the last axis.
 * An indexing or reduction that removes the axis of the units: the last axis.
 """
@@ -31,6 +32,9 @@ LAYER_FUNCTIONS = {
     'einsum': False, 'tensordot': False, 'inner': False,
 }
 _PRODUCTS = {name for name, always in LAYER_FUNCTIONS.items() if not always}
+# Which of its tensors is the left one of the product, where a weight makes rows the units.
+_WEIGHT_FIRST = {'matmul': 0, '__matmul__': 0, '__rmatmul__': 0, 'mm': 0, 'bmm': 0,
+                 'addmm': 1, 'addbmm': 1, 'baddbmm': 1}
 # Where a network starts with a norm, its axis is that of the norm.
 NORM_AXIS = {'batch_norm': 1, 'instance_norm': 1, 'group_norm': 1, 'layer_norm': -1, 'rms_norm': -1}
 # Functions that take a part of a tensor, such as one time step.
@@ -93,8 +97,10 @@ def layer_axis(name, args, kwargs, owners, output):
         >>> import torch
         >>> layer_axis('conv2d', (), {}, [], torch.empty(2, 3, 8, 8))
         -3
+        >>> layer_axis('matmul', (), {}, ['proj', None], torch.empty(2, 4, 5))
+        -2
         >>> layer_axis('einsum', ('bnc,cd->bdn',), {}, [None, 'proj'], torch.empty(2, 4, 5))
-        1
+        -2
     """
     if name.startswith('conv'):
         return -1 - int(name.rstrip('_')[-2])  # unbatched inputs have no batch axis
@@ -106,6 +112,12 @@ def layer_axis(name, args, kwargs, owners, output):
             of_weight = [letter for letter in out if letter.isalpha() and letter not in of_inputs]
             if of_weight:
                 return out.index(of_weight[-1]) - len(out)
+    if name in _WEIGHT_FIRST and getattr(output, 'ndim', 0) > 1:
+        first, second = owners[_WEIGHT_FIRST[name]:][:2]
+        if name == '__rmatmul__':
+            first, second = second, first
+        if first is not None and second is None:  # weight @ x
+            return -2
     return -1
 
 
@@ -140,15 +152,18 @@ def follow_units(name, args, kwargs, source, place, output):
         >>> follow_units('reshape', (), {}, x.reshape(8, 4, 4), together, x)
         Place(axis=1, units=4, step=1)
     """
-    axis = place.axis
-    if output.shape == source.shape and name not in _PRODUCTS and output.stride() == source.stride():
+    if output is source or (name not in _PRODUCTS and output.shape == source.shape
+                            and output.stride() == source.stride()):
         return place  # by far the most calls
     if not output.ndim:
         return place._replace(axis=0)
     if name in _RESHAPES and output.numel() == source.numel():
         return _reshaped(source.shape, place, output.shape)
-    axis = _moved_axis(name, args, kwargs, source, axis, output)
-    return place if axis == place.axis else place._replace(axis=axis)
+    axis = place.axis
+    moved = _moved_axis(name, args, kwargs, source, axis, output)
+    # Units are fewer in a part of them, as after a chunk.
+    units = output.shape[moved] if source.shape[axis] == place.units else place.units
+    return Place(moved, units, place.step)
 
 
 def _moved_axis(name, args, kwargs, source, axis, output):

@@ -2,6 +2,7 @@
 The weights of a network, and the part of each that this process holds.
 """
 import torch
+import torch.distributed as dist
 from torch.nn.parameter import is_lazy
 
 _WRAPPERS = {'_orig_mod', '_fsdp_wrapped_module', '_checkpoint_wrapped_module', '_forward_module'}
@@ -128,6 +129,8 @@ def local_part(tensor):
     tensor, share = tensor.detach(), 1.
     if is_sharded(tensor):
         mesh = tensor.device_mesh
+        # Of a mesh of some processes, as for tensor parallelism, there are several alike.
+        share = mesh.size() / dist.get_world_size()
         for size, placement in zip(mesh.shape, tensor.placements, strict=True):
             share /= size if placement.is_replicate() else 1
         tensor = tensor.to_local()
@@ -156,29 +159,3 @@ def sharded_axis(tensor):
     """
     axes = {p.dim % tensor.ndim for p in getattr(tensor, 'placements', ()) if p.is_shard()}
     return axes.pop() if len(axes) == 1 else None
-
-
-def nonfinite_shares(tensors):
-    """
-    The share of numbers that are not finite, for those who ask after the fact.
-
-    Args:
-        tensors (Dict[str, Tensor | None]): weights or gradients
-
-    Returns:
-        Dict[str, float]: for those that have any, in what this process holds
-
-    Example:
-        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._weights import nonfinite_shares
-        >>> import torch
-        >>> nonfinite_shares({'a': torch.ones(2, 2), 'b': torch.tensor([[1., float('inf')]]), 'c': None})
-        {'b': 0.5}
-    """
-    shares = {}
-    for name, tensor in tensors.items():
-        part = None if tensor is None else local_part(tensor)[0]
-        if part is not None and part.numel():
-            bad = part.numel() - int(part.isfinite().sum())
-            if bad:
-                shares[name] = bad / part.numel()
-    return shares

@@ -14,7 +14,7 @@ class Window:
     Attributes:
         stats (Dict[Site, Dict[str, Tensor]]): additive statistics
         examples (int): seen so far
-        batches (int): seen so far
+        batches (int): that went by, seen or not: the same on all processes
 
     Example:
         >>> from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._window import Window
@@ -37,7 +37,6 @@ class Window:
     def count(self, batch):
         """ Note that another batch is looked at. """
         self.examples += count_examples(batch)
-        self.batches += 1
 
 
 def count_examples(batch):

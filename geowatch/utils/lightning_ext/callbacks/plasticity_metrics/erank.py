@@ -8,8 +8,9 @@ References:
     .. [Roy2007] Roy and Vetterli, "The effective rank: a measure of effective
        dimensionality", EUSIPCO 2007.
 """
-from ._metric import Metric, Result, finite_mean
+from ._metric import Metric, Result, column, finite_mean
 from ._spectrum import entropy_ranks, gram, smaller_side
+from ._sums import nonfinite
 from ._weights import is_sharded, local_part, sharded_axis
 
 
@@ -40,17 +41,19 @@ class ERank(Metric):
         return None
 
     def statistics(self, tensors, scale=1.):
-        """ See :class:`Metric`; field 'gram' of shape (d, d). """
+        """ See :class:`Metric`; fields 'gram' of shape (d, d) and 'nonfinite', 0-d. """
         stats = {}
         for name, weight in tensors.items():
             part, share = local_part(weight)
             # Shards hold whole rows, of which only the column side adds up.
             side = 'columns' if is_sharded(weight) else smaller_side(part.flatten(1))
             matrix = gram(part.flatten(1), side)
-            stats[name] = {'gram': matrix if share == 1 else matrix * share}
+            own = {'gram': matrix, 'nonfinite': nonfinite(part) / weight.numel()}
+            stats[name] = own if share == 1 else {field: x * share for field, x in own.items()}
         return stats
 
     def compute(self, stats):
         """ See :class:`Metric`. """
         ranks = entropy_ranks([s['gram'] for s in stats.values()])
-        return {'erank': Result(finite_mean(ranks), list(stats), {'value': ranks})}
+        columns = {'value': ranks, 'nonfinite': column(stats, 'nonfinite')}
+        return {'erank': Result(finite_mean(ranks), list(stats), columns)}

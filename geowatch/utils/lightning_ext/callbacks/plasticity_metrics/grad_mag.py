@@ -36,7 +36,7 @@ class GradMag(Metric):
         self._cache = {}
 
     def statistics(self, tensors, scale=1.):
-        """ See :class:`Metric`; fields 'count', 'abs' and 'squares'. """
+        """ See :class:`Metric`; fields 'count', 'abs', 'squares' and 'nonfinite'. """
         stats = sums(tensors, self._cache, squares=True)
         if scale != 1:
             for own in stats.values():
@@ -47,7 +47,8 @@ class GradMag(Metric):
     def compute(self, stats):
         """ See :class:`Metric`. """
         total, squares, count = (column(stats, field) for field in ('abs', 'squares', 'count'))
+        bad = column(stats, 'nonfinite')
         norm = ratio_of_sums(squares, count / count.sum()).sqrt() if len(stats) > 1 else squares.sum().sqrt()
         names = list(stats)
-        return {'grad_mag': Result(ratio_of_sums(total, count), names, {'value': total / count}),
-                'grad_norm': Result(norm, names, {'value': squares.sqrt()})}
+        return {'grad_mag': Result(ratio_of_sums(total, count), names, {'value': total / count, 'nonfinite': bad}),
+                'grad_norm': Result(norm, names, {'value': squares.sqrt(), 'nonfinite': bad})}

@@ -38,10 +38,11 @@ class WeightMag(Metric):
         self._cache = {}
 
     def statistics(self, tensors, scale=1.):
-        """ See :class:`Metric`; fields 'count' and 'abs'. """
+        """ See :class:`Metric`; fields 'count', 'abs' and 'nonfinite'. """
         return sums(tensors, self._cache)
 
     def compute(self, stats):
         """ See :class:`Metric`. """
-        total, count = column(stats, 'abs'), column(stats, 'count')
-        return {'weight_mag': Result(ratio_of_sums(total, count), list(stats), {'value': total / count})}
+        total, count, bad = (column(stats, field) for field in ('abs', 'count', 'nonfinite'))
+        return {'weight_mag': Result(ratio_of_sums(total, count), list(stats),
+                                     {'value': total / count, 'nonfinite': bad})}

@@ -1,0 +1,188 @@
+"""
+What TensorBoard shows beyond the scalars: one dashboard of all metrics, and the layers without a tag for each.
+"""
+import math
+
+import torch
+
+from ..plasticity_report.words import describe
+
+# The host draws a picture for each scalar tag, so that layers go into other kinds of tags.
+LAYERS = 'plasticity_layers'
+WORST = f'{LAYERS}/worst'
+MOST_NAMED = 3
+
+
+class Dashboard:
+    """
+    Writes into the event file of one TensorBoardLogger.
+
+    =================================  ==================================================
+    Where                              What
+    =================================  ==================================================
+    Custom scalars                     a chart for each metric, on one page
+    ``plasticity_layers/<metric>``     histogram over the layers
+    ``plasticity_layers/worst``        text: the layers that are worst, metric by metric
+    =================================  ==================================================
+
+    After the first hundred measurements of a metric, one is written when the
+    run has become one percent longer, so that the file of a long run which
+    measures each step stays small.
+
+    Args:
+        logger (TensorBoardLogger): of either package
+        tags (List[str]): what will be logged, under ``plasticity/``
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._dashboard import Dashboard, WORST
+        >>> from pytorch_lightning.loggers import TensorBoardLogger
+        >>> from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+        >>> import ubelt as ub
+        >>> logger = TensorBoardLogger(ub.Path.appdir('geowatch/tests/dashboard').delete())
+        >>> layers = {'fc1': {'value': 40.0}, 'fc2': {'value': 20.0}}
+        >>> Dashboard(logger, ['erank']).log({}, 9, [{'metric': 'erank', 'value': 30.0, 'layers': layers}])
+        >>> logger.finalize('success')
+        >>> events = EventAccumulator(logger.log_dir).Reload()
+        >>> events.Tags()['histograms'], events.Histograms('plasticity_layers/erank')[0].histogram_value.sum
+        (['plasticity_layers/erank'], 60.0)
+        >>> events.Tags()['tensors'] == ['custom_scalars__config__', f'{WORST}/text_summary']
+        True
+    """
+
+    def __init__(self, logger, tags):
+        self._logger = logger
+        self._tags = list(tags)
+        self._has_layout = False
+        self._starts = {}   # metric to the first finite value of each of its layers
+        self._written = {}  # metric to how often, and at which step last
+        self._lines = {}    # metric to its line in the text, as it was last measured
+
+    def log(self, scalars, step, rows):
+        """
+        Args:
+            scalars (Dict[str, float]): what the logger has got already
+            step (int): on the x-axis
+            rows (List[dict]): as in plasticity.jsonl
+        """
+        writer = self._logger.experiment
+        if not self._has_layout:
+            # TensorBoard heeds the first one in a run, and users add theirs at the start.
+            self._has_layout = True
+            writer.add_custom_scalars(layout(self._tags))
+        news = False
+        for row in rows:
+            metric = row['metric']
+            layers = {name: math.nan if own['value'] is None else own['value'] for name, own in row['layers'].items()}
+            starts = self._starts.setdefault(metric, {})
+            for name, value in layers.items():
+                if math.isfinite(value):
+                    starts.setdefault(name, value)
+            if layers and self._is_due(metric, step):
+                news = True
+                finite = [value for value in layers.values() if math.isfinite(value)]
+                if finite:
+                    writer.add_histogram(f'{LAYERS}/{metric}', torch.tensor(finite, dtype=torch.float64), step)
+                self._lines[metric] = line_of(metric, starts, layers)
+        if news:
+            order = dict.fromkeys([*self._tags, *self._lines])
+            writer.add_text(WORST, text_of([self._lines[tag] for tag in order if tag in self._lines]), step)
+
+    def _is_due(self, metric, step):
+        count, last = self._written.get(metric, (0, None))
+        due = count < 100 or step >= 1.01 * last
+        if due:
+            self._written[metric] = count + 1, step
+        return due
+
+
+def is_tensorboard(logger):
+    """
+    Is it the TensorBoardLogger of pytorch_lightning, of lightning, or of a class made of one?
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._dashboard import is_tensorboard
+        >>> from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+        >>> is_tensorboard(TensorBoardLogger('.')), is_tensorboard(CSVLogger('.'))
+        (True, False)
+    """
+    return any(cls.__name__ == 'TensorBoardLogger' for cls in type(logger).__mro__)
+
+
+def layout(tags):
+    """
+    Custom scalars: a page with one chart per tag.
+
+    Args:
+        tags (List[str]): under ``plasticity/``
+
+    Returns:
+        Dict[str, dict]: for SummaryWriter.add_custom_scalars, which takes patterns of tags
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._dashboard import layout
+        >>> layout(['erank'])
+        {'plasticity': {'Effective rank of weights': ['Multiline', ['^plasticity/erank$']]}}
+    """
+    return {'plasticity': {describe(tag).title: ['Multiline', [f'^plasticity/{tag}$']] for tag in tags}}
+
+
+def worst(metric, starts, layers):
+    """
+    The layers that are worst, that one first.
+
+    A fraction such as dead units speaks for itself. Of all else a layer is
+    compared with its own first value, since layers differ in size.
+
+    Args:
+        metric (str): which one
+        starts (Dict[str, float]): first finite value of each layer
+        layers (Dict[str, float]): value of each layer now
+
+    Returns:
+        List[str]: their names
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._dashboard import worst
+        >>> worst('erank', {'a': 50., 'b': 9., 'c': 8.}, {'a': 20., 'b': 8., 'c': 10.})
+        ['a', 'b', 'c']
+        >>> worst('dead_units', {'a': .5, 'b': 0.}, {'a': .4, 'b': .3})
+        ['a', 'b']
+    """
+    words = describe(metric)
+
+    def badness(name):
+        value, start = layers[name], starts.get(name, math.nan)
+        if not math.isfinite(value):
+            return math.inf
+        if words.percent:
+            return value
+        if not start > 0:
+            return 0.
+        change = math.log(max(value, 1e-12 * start) / start)
+        if words.shrinks and not words.grows:
+            return -change
+        return change if words.grows and not words.shrinks else abs(change)
+
+    return sorted(layers, key=badness, reverse=True)
+
+
+def line_of(metric, starts, layers):
+    """
+    One line of the text.
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._dashboard import line_of
+        >>> line_of('dead_units', {'act1': 0., 'act2': .02}, {'act1': 0., 'act2': .38})
+        '| Dead units | `act2` 2 % → 38 %, `act1` 0 % → 0 % |'
+    """
+    words = describe(metric)
+    named = worst(metric, starts, layers)[:MOST_NAMED]
+    moves = [f'`{name}` {words.text(starts.get(name))} \u2192 '
+             f'{words.text(layers[name]) if math.isfinite(layers[name]) else "not finite"}' for name in named]
+    return f'| {words.title} | {", ".join(moves)} |'
+
+
+def text_of(lines):
+    """ A table in Markdown, which TensorBoard renders. """
+    return '\n'.join(['| metric | worst layers: first value of this run \u2192 now |', '| --- | --- |', *lines])
+

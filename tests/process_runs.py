@@ -1,0 +1,229 @@
+"""
+What runs in processes of their own: a run that is killed, and the ranks of a distributed one.
+
+The processes are forked from a server that has imported everything once, since
+to start one afresh takes ten seconds.
+"""
+import contextlib
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+import warnings
+
+import pytorch_lightning as pl
+import torch
+from common import Net, make_data, make_net
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from pytorch_lightning.loggers import CSVLogger
+from torch.utils.data import DataLoader
+
+from geowatch.utils.lightning_ext.callbacks.plasticity import PlasticityMonitor
+from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import METRICS
+from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._sinks import JsonLines
+
+_context = multiprocessing.get_context('forkserver')
+_context.set_forkserver_preload(['process_runs'])
+
+
+def run_processes(function, count, *args, seconds=120):
+    """
+    Run a function in several processes, with the environment of torchrun.
+
+    Args:
+        function (Callable): of this module
+        count (int): of processes
+        *args: plain arguments of the function
+        seconds (float): after which they hang
+
+    Returns:
+        List[int]: exit codes
+
+    Raises:
+        TimeoutError: if one hangs; none is left running
+    """
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    workers = [_context.Process(target=_work, args=(function, rank, count, port, args)) for rank in range(count)]
+    for worker in workers:
+        worker.start()
+    deadline = time.monotonic() + seconds
+    try:
+        for worker in workers:
+            worker.join(max(0, deadline - time.monotonic()))
+        alive = [rank for rank, worker in enumerate(workers) if worker.is_alive()]
+        if alive:
+            raise TimeoutError(f'ranks {alive} of {count} are still running after {seconds} s')
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.join()
+    return [worker.exitcode for worker in workers]
+
+
+def _work(function, rank, count, port, args):
+    warnings.simplefilter('ignore')
+    if count > 1:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count),
+                          MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), TORCHELASTIC_RUN_ID='test',
+                          GROUP_RANK='0')
+    function(*args)
+
+
+# --- killed in mid-run -------------------------------------------------------
+
+class Kill(Callback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Indexed(Net):
+    """ Its batches follow from the step, since a loader starts anew when a run goes on in mid-epoch. """
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(make_data(40)[self.trainer.global_step:][:8], batch_idx)
+
+
+def killed_run(folder, kill_at, source, every, ckpt):
+    """ Four epochs of 5 steps, killed after some step, that go on from a checkpoint if there is one. """
+    keeper = ModelCheckpoint(f'{folder}/saved', every_n_train_steps=every, save_top_k=-1, filename='{step}')
+    monitor = PlasticityMonitor('weight_mag@1,grad_mag@3,erank@epoch,dead_units@2,feature_erank@epoch', source=source,
+                                samples=12)
+    trainer = pl.Trainer(default_root_dir=folder, max_epochs=4, accelerator='cpu', enable_progress_bar=False,
+                         enable_model_summary=False, callbacks=[monitor, keeper, Kill(kill_at)],
+                         logger=CSVLogger(folder, name='run', version=0))
+    trainer.fit(make_net(Indexed), DataLoader(make_data(40), batch_size=8), DataLoader(make_data(), batch_size=10),
+                ckpt_path=ckpt or None)
+
+
+# --- several processes that train together ------------------------------------
+
+class Routed(Net):
+    """ Some examples take a branch, which is not there for a process that has none of them. """
+
+    def __init__(self):
+        super().__init__()
+        self.side = torch.nn.Linear(8, 16)
+        self.world, self.shard = 1, False
+
+    def features(self, x):
+        first = self.act(self.fc1(x))
+        chosen = x[:, 0] > 0.5
+        if chosen.any():
+            first = first.index_add(0, chosen.nonzero()[:, 0], torch.tanh(self.side(x[chosen])))
+        return first, torch.relu(self.fc2(first))
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) * self.world  # of which DDP takes the mean
+
+    def configure_model(self):
+        if self.shard:
+            from torch.distributed.fsdp import fully_shard
+            mesh = self.device_mesh['data_parallel']
+            for layer in (self.fc1, self.fc2, self.side):
+                fully_shard(layer, mesh=mesh)
+            fully_shard(self, mesh=mesh)
+
+
+def batches_of(rank, world, how, step=8):
+    """ The part of one process of batches of 8 and a shorter last one. """
+    parts = []
+    for i, batch in enumerate(make_data().double().split(step)):
+        index = torch.arange(len(batch))
+        if how == 'branch':  # the last one has all of the examples that take the branch
+            owner = torch.where(batch[:, 0] > 0.5, world - 1, index % max(1, world - 1))
+        elif how == 'empty' and i % 2:  # the last one has nothing
+            owner = index % max(1, world - 1)
+        else:
+            owner = index % world
+        parts.append(batch[owner == rank])
+    return parts
+
+
+class Watch(Callback):
+    """ Counts our collectives and writes, by step. """
+
+    def __init__(self):
+        self.collectives = []
+        self.writes = 0
+        self.step = 0
+
+    def patch(self):
+        for name in ('all_gather', 'all_reduce', 'broadcast', 'all_gather_object', 'barrier'):
+            setattr(torch.distributed, name, self.counting(name, getattr(torch.distributed, name)))
+        add = JsonLines.add
+
+        def counting_add(sink, rows):
+            self.writes += 1
+            add(sink, rows)
+        JsonLines.add = counting_add
+
+    def counting(self, name, function):
+        def counted(*args, **kwargs):
+            if 'plasticity' in sys._getframe(1).f_code.co_filename:
+                self.collectives.append((self.step, name))
+            return function(*args, **kwargs)
+        return counted
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        self.step = trainer.global_step
+
+    def on_validation_start(self, trainer, module):
+        self.step = f'validation {trainer.global_step}'
+
+
+def fault_of(fault, rank):
+    """ Make a metric fail: (metric, method, rank on which it does or None for all, calls before it does). """
+    name, method, where, after = fault
+    if where in (None, rank):
+        original, calls = getattr(METRICS[name], method), []
+
+        def fails(*args, **kwargs):
+            calls.append(1)
+            if len(calls) > after:
+                raise RuntimeError(f'fault of {name}')
+            return original(*args, **kwargs)
+        setattr(METRICS[name], method, fails)
+
+
+def train_together(folder, strategy='ddp', how='even', fault=None, epochs=2, sleep=0., monitor=None):
+    """ What each rank does; what it saw goes to a file. """
+    rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    watch = Watch()
+    watch.patch()
+    if fault:
+        fault_of(fault, rank)
+    net = make_net(Routed).double()
+    net.world = world
+    if world == 1:
+        strategy = 'auto'
+    elif strategy == 'ddp':
+        strategy = pl.strategies.DDPStrategy(process_group_backend='gloo', find_unused_parameters=True)
+    else:
+        net.shard = True
+        strategy = pl.strategies.ModelParallelStrategy(data_parallel_size=world, tensor_parallel_size=1,
+                                                       process_group_backend='gloo')
+    if sleep:
+        net.on_train_batch_end = lambda *args: time.sleep(sleep)
+    trainer = pl.Trainer(
+        default_root_dir=folder, max_epochs=epochs, accelerator='cpu', devices=world, strategy=strategy,
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+        use_distributed_sampler=False, logger=CSVLogger(folder, name='run', version=0),
+        callbacks=[watch, PlasticityMonitor(**{'metrics': 'all', 'interval': 1, **(monitor or {})})])
+    validation = [x for x in make_data().double().split(10)][rank::world]  # not as many on each
+    with open(f'{folder}/rank{rank}.txt', 'w') as file, contextlib.redirect_stdout(file):
+        trainer.fit(net, DataLoader(batches_of(rank, world, how), batch_size=None),
+                    DataLoader(validation, batch_size=None))
+    with open(f'{folder}/rank{rank}.json', 'w') as file:
+        json.dump({'steps': trainer.global_step, 'collectives': watch.collectives, 'writes': watch.writes,
+                   'values': {key: float(x) for key, x in trainer.callback_metrics.items() if 'plasticity' in key}}, file)
+    if world > 1:
+        torch.distributed.destroy_process_group()

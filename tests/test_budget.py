@@ -1,0 +1,167 @@
+"""
+The budget: the monitor's own time, and what it does about it.
+"""
+import time
+
+import pytest
+from common import Net, Recorder, fit, lines_of, make_net
+
+from geowatch.utils.lightning_ext.callbacks.plasticity import METRICS, PlasticityMonitor
+from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import PlasticityConfigError
+from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._budget import Budget, fair_parts
+from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._schedule import Schedule
+from geowatch.utils.lightning_ext.callbacks.plasticity_metrics.weight_mag import WeightMag
+
+
+class Dear(WeightMag):
+    """ As the weight magnitude, for 50 milliseconds. """
+    name = 'dear'
+    tags = ('dear',)
+
+    def statistics(self, tensors, scale=1.):
+        time.sleep(0.05)
+        return super().statistics(tensors, scale)
+
+    def compute(self, stats):
+        return {'dear': super().compute(stats)['weight_mag']}
+
+
+class Slow(Net):
+    """ A step takes at least 10 milliseconds. """
+
+    def training_step(self, batch, batch_idx):
+        time.sleep(0.01)
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.fixture
+def dear(monkeypatch):
+    monkeypatch.setitem(METRICS, 'dear', Dear)
+
+
+def run(tmp_path, monitor, **kwargs):
+    logger = Recorder(tmp_path)
+    kwargs = {'n': 400, 'batch_size': 2, 'max_epochs': 1, 'validate': False, **kwargs}
+    _, trainer, lines, _ = fit(tmp_path, monitor, net=make_net(Slow), logger=logger, **kwargs)
+    return lines, logger.table(), trainer
+
+
+def test_what_is_dear_is_measured_less_often(tmp_path, dear):
+    lines, table, trainer = run(tmp_path, PlasticityMonitor('dear', interval=1, budget='20%'))
+    steps = [line['step'] for line in lines_of(lines, 'dear')]
+    # 200 steps take 2 s or more, of which 20 % would be 8 measurements; a busy machine is slower.
+    assert steps[0] == 0 and 3 <= len(steps) <= 80
+    overhead = lines_of(lines, 'overhead')
+    assert [line['step'] for line in overhead] == steps
+    values = [line['value'] for line in overhead]
+    # The first is always made, and paid for afterwards. The pace of the first step is no good guess of the others.
+    assert values[0] > 0.5 and 0 < values[-1] < 0.25
+    assert all(line['intervals']['dear'] > 1 for line in overhead)
+    assert [(step, value) for step, key, value in table if key == 'plasticity/overhead'] == list(
+        zip(steps, values, strict=True))
+    assert trainer.callback_metrics['plasticity/overhead'] == pytest.approx(values[-1])
+
+
+def test_the_same_without_a_budget_takes_most_of_the_time(tmp_path, dear):
+    lines, table, _ = run(tmp_path, PlasticityMonitor('dear', interval=1), n=40)
+    assert [line['step'] for line in lines_of(lines, 'dear')] == list(range(20))
+    assert not lines_of(lines, 'overhead') and 'plasticity/overhead' not in {key for _, key, _ in table}
+
+
+def test_what_is_cheap_stays_as_asked(tmp_path, dear):
+    lines, _, _ = run(tmp_path, PlasticityMonitor('weight_mag@20,dear@1', budget=0.6))
+    assert [line['step'] for line in lines_of(lines, 'weight_mag')] == list(range(19, 200, 20))
+    assert 2 <= len(lines_of(lines, 'dear')) < 200
+    assert lines_of(lines, 'overhead')[-1]['intervals']['weight_mag'] == 20
+
+
+@pytest.mark.parametrize('source', ['validation', 'train'])
+def test_each_is_measured_at_least_once(tmp_path, source):
+    monitor = PlasticityMonitor('all', interval='epoch', budget=1e-9, source=source)
+    lines, table, _ = run(tmp_path, monitor, n=20, max_epochs=3, validate=True)
+    for tag in ('weight_mag', 'grad_mag', 'grad_norm', 'dead_units', 'erank', 'feature_erank'):
+        assert [line['epoch'] for line in lines_of(lines, tag)] == [0], tag
+    assert lines_of(lines, 'overhead')[-1]['intervals'].keys() == METRICS.keys()
+    assert all(wait > 10 for wait in lines_of(lines, 'overhead')[-1]['intervals'].values())
+
+
+def test_a_generous_budget_changes_nothing(tmp_path):
+    def steps(monitor):
+        lines, _, _ = run(tmp_path / str(monitor.budget), monitor, n=20, max_epochs=3, validate=True)
+        return [(line['metric'], line['step']) for line in lines if line['metric'] != 'overhead']
+    # Steps of 10 ms, with metrics of a few ms: the first of them cannot be paid at once.
+    with_budget = steps(PlasticityMonitor('weight_mag,erank', interval='epoch', budget=0.99))
+    assert with_budget == steps(PlasticityMonitor('weight_mag,erank', interval='epoch'))
+
+
+@pytest.mark.parametrize('budget, share', [('2%', 0.02), (' 0.5 % ', 0.005), ('0.02', 0.02), (0.02, 0.02), ('.5', 0.5),
+                                           (1e-9, 1e-9)])
+def test_how_a_budget_is_written(budget, share):
+    assert Budget(budget).share == pytest.approx(share)
+
+
+@pytest.mark.parametrize('budget', ['2', 2, 0, '0%', '100%', 1, -0.1, '-1%', 'cheap', '', True, '2 percent', 'nan',
+                                    float('nan'), ['2%']])
+def test_wrong_budget(budget):
+    with pytest.raises(PlasticityConfigError, match="such as '2%' or 0.02, but got"):
+        PlasticityMonitor(budget=budget)
+
+
+def test_time_of_an_inner_block_counts_once(monkeypatch):
+    clock = iter([0., 10., 11., 13., 16.])
+    monkeypatch.setattr(time, 'perf_counter', lambda: next(clock))
+    budget = Budget('2%')
+    with budget.spending(['a', 'b']):
+        with budget.spending(['b']):
+            pass
+    assert budget._spent == {'b': 2 + 2, 'a': 2}
+
+
+def test_time_is_counted_where_a_metric_fails():
+    budget = Budget('2%')
+    with pytest.raises(ZeroDivisionError), budget.spending(['a']):
+        time.sleep(0.01)
+        raise ZeroDivisionError
+    assert budget._spent['a'] >= 0.01
+
+
+def test_plan_in_the_long_run():
+    # A step takes 0.1 s. One would need 50 % at each step, the other 0.1 % of the time.
+    budget = Budget('2%')
+    costs, asked, allowed = {'dear': 0.1, 'cheap': 0.001}, {'dear': 1, 'cheap': 10}, {'dear': 0, 'cheap': 0}
+    spent, counts, seconds, done = {'dear': 0, 'cheap': 0}, {'dear': 0, 'cheap': 0}, 0., {'dear': [], 'cheap': []}
+    for step in range(5000):
+        seconds += 0.1
+        due = [name for name in costs if (step + 1) % asked[name] == 0 and step >= allowed[name]]
+        for name in due:
+            seconds += costs[name]
+            spent[name] += costs[name]
+            counts[name] += 1
+            done[name].append(step)
+        if due:
+            numbers = {'seconds': seconds, 'spent': spent, 'counts': {k: n for k, n in counts.items() if n}}
+            overhead, waits = budget.plan(numbers, step + 1, asked)
+            for name, wait in waits.items():
+                allowed[name] = step + wait
+    # The dear one has what the cheap one leaves: 1.9 % of 505 s.
+    assert len(done['cheap']) == 500
+    assert 90 <= len(done['dear']) <= 98
+    assert 0.0185 < overhead <= 0.02
+
+
+def test_fair_parts_add_up():
+    parts = fair_parts(0.02, {'a': 1., 'b': 0., 'c': 0.005, 'd': 0.001})
+    assert sum(parts.values()) == pytest.approx(0.02)
+    assert parts['b'] >= 0 and parts['c'] >= 0.005 and parts['d'] >= 0.001 and parts['a'] == max(parts.values())
+
+
+def test_a_schedule_that_has_to_wait():
+    schedule, steps = Schedule(3), []
+    schedule.not_before = 4
+    for step in range(9):
+        assert schedule.next_due(step) == next(s for s in range(step, 20) if s >= 4 and (s + 1) % 3 == 0)
+        schedule.tick(step, last=step == 3)
+        if schedule.owed:
+            steps.append(step)
+            schedule.done()
+    assert steps == [5, 8]

@@ -1,0 +1,350 @@
+"""
+What measuring costs, where that does not depend on the machine: reads by the
+host, operations launched, hooks, calls of Python, and memory.
+
+Times are measured by ``tests/benchmarks/run.py``.
+"""
+import gc
+import itertools
+import sys
+import tracemalloc
+from collections import Counter
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from common import Recorder, fit, lines_of, make_net
+from torch.nn.modules import module as torch_module
+from torch.overrides import _get_current_function_mode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from geowatch.utils.lightning_ext.callbacks.plasticity import PlasticityMonitor
+from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import METRICS, _spectrum, _sums
+
+HOOKS = [name for name in vars(PlasticityMonitor) if name.startswith('on_')]
+READS = ('item', 'tolist', 'cpu', 'numpy', '__float__', '__bool__', '__int__', '__index__')
+
+
+class Deep(torch.nn.Module):
+    """ Some layers of one width, each with an activation, as the network of a LightningModule. """
+
+    def __init__(self, layers, width=8, convolution=False):
+        super().__init__()
+        layer = (lambda: torch.nn.Conv2d(width, width, 3, padding=1)) if convolution else (
+            lambda: torch.nn.Linear(width, width))
+        self.layers = torch.nn.Sequential(*[m for _ in range(layers) for m in (layer(), torch.nn.ReLU())])
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+class DeepModule(pl.LightningModule):
+    def __init__(self, layers, width=8):
+        super().__init__()
+        self.net = Deep(layers, width)
+
+    def training_step(self, batch, batch_idx):
+        return self.net(batch).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+class Watch(PlasticityMonitor):
+    """ A monitor each of whose hooks runs inside ``self.watch(name)``, a context manager. """
+
+
+def _watched(name):
+    def hook(self, *args, **kwargs):
+        with self.watch(name):
+            return getattr(PlasticityMonitor, name)(self, *args, **kwargs)
+    return hook
+
+
+for _name in HOOKS:
+    setattr(Watch, _name, _watched(_name))
+
+
+def batches(count, width=8, size=4):
+    return [torch.randn(size, width, generator=torch.Generator().manual_seed(i)) for i in range(count)]
+
+
+def train(tmp_path, monitor, net, count=6, **kwargs):
+    return fit(tmp_path, monitor, net=net, loader=batches(count, net.net.layers[0].in_features), validate=False,
+               max_epochs=1, log_every_n_steps=1, **kwargs)
+
+
+# --- reads by the host ---------------------------------------------------------
+
+class Reads:
+    """ Counts what makes the host wait for a device, and what is launched, per step. """
+
+    def __init__(self, monkeypatch):
+        self.counts = Counter()
+        self.inside = False
+        for name in READS:
+            monkeypatch.setattr(torch.Tensor, name, self._counting(name, getattr(torch.Tensor, name)))
+
+    def _counting(self, name, original):
+        def method(tensor, *args, **kwargs):
+            if self.inside:
+                self.counts[name] += 1
+            return original(tensor, *args, **kwargs)
+        return method
+
+    def __enter__(self):
+        self.inside = True
+
+    def __exit__(self, *exc):
+        self.inside = False
+
+
+@pytest.mark.parametrize('layers', [2, 40])
+def test_one_read_on_a_logged_step(tmp_path, monkeypatch, layers):
+    # As on a GPU: on the CPU a sum is looked at where it is, which costs nothing.
+    monkeypatch.setattr(_sums, '_sums_on_cpu', _sums._sums_on_device)
+    reads = Reads(monkeypatch)
+    per_step = []
+
+    class Monitor(Watch):
+        def watch(self, name):
+            if name == 'on_train_batch_end':
+                per_step.append(reads.counts)
+                reads.counts = Counter()
+            return reads
+
+        def on_train_batch_end(self, *args):
+            super().on_train_batch_end(*args)
+            per_step[-1] += reads.counts
+            reads.counts = Counter()
+
+    monitor = Monitor('all', interval=2, source='train', samples=4)
+    _, _, lines, _ = train(tmp_path, monitor, DeepModule(layers))
+    assert [line['step'] for line in lines_of(lines, 'feature_erank')] == [1, 3, 5]
+    assert len(lines_of(lines, 'dead_units')[0]['layers']) == layers
+    assert [sum(counts.values()) for counts in per_step] == [0, 1, 0, 1, 0, 1], per_step
+    # The counting itself works.
+    with reads:
+        bool(torch.ones(1).item() + float(torch.ones(1)))
+    assert sum(reads.counts.values()) >= 2
+
+
+# --- a step that is not logged ---------------------------------------------------
+
+def hooks_present(model):
+    return [table for module in model.modules() for table in (
+        module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks) if table
+    ] + [table for table in (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks) if table] + [
+        param for param in model.parameters() if param._backward_hooks] + (
+            [mode] if (mode := _get_current_function_mode()) is not None else [])
+
+
+class Looking(DeepModule):
+    """ Notes what is attached while its forward runs. """
+
+    def training_step(self, batch, batch_idx):
+        self.present.append(len(hooks_present(self)))
+        return super().training_step(batch, batch_idx)
+
+
+def test_nothing_is_attached_on_a_step_that_is_not_logged(tmp_path):
+    net = Looking(2)
+    net.present = []
+    train(tmp_path, PlasticityMonitor('all', interval=3, source='train', samples=4), net, count=7)
+    # Two global hooks and a mode, on the steps that are looked at: each third, and no more at the end.
+    assert net.present == [0, 0, 3, 0, 0, 3, 0]
+
+
+class Calls:
+    """ Counts the calls of Python functions, and the operations of torch. """
+
+    def __init__(self):
+        self.python = self.torch = 0
+
+    def _profile(self, frame, event, arg):
+        self.python += event in ('call', 'c_call')
+
+    def __enter__(self):
+        self._mode = Ops(self)
+        self._mode.__enter__()
+        sys.setprofile(self._profile)
+
+    def __exit__(self, *exc):
+        sys.setprofile(None)
+        self._mode.__exit__(*exc)
+
+
+class Ops(TorchDispatchMode):
+    def __init__(self, calls):
+        super().__init__()
+        self._calls = calls
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self._calls.torch += 1
+        return func(*args, **(kwargs or {}))
+
+
+class Counting(Watch):
+    """ Calls of Python and of torch in the hooks of each step. """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.steps = []
+
+    def watch(self, name):
+        if name == 'on_train_batch_start':
+            self.steps.append(Calls())
+        return self.steps[-1] if self.steps else Calls()
+
+
+@pytest.mark.parametrize('metrics, kwargs', [
+    ('weight_mag,grad_mag,erank', {'interval': 50}),
+    ('weight_mag,grad_mag,erank', {'interval': 'epoch'}),
+    ('weight_mag,grad_mag,erank', {'interval': 'auto'}),
+    ('all', {'interval': 50, 'source': 'train', 'samples': 4}),
+], ids=str)
+@pytest.mark.parametrize('length', ['known', 'unknown'])
+def test_a_step_that_is_not_logged_is_a_few_calls(tmp_path, metrics, kwargs, length):
+    counts = set()
+    for layers in (2, 30):
+        monitor = Counting(metrics, **kwargs)
+        data = batches(60) if length == 'known' else Unsized(batches(60))
+        fit(tmp_path / str(layers), monitor, net=DeepModule(layers), loader=data, validate=False, max_epochs=1,
+            log_every_n_steps=50)
+        quiet = monitor.steps[10:40]
+        assert {step.torch for step in quiet} == {0}
+        assert monitor.steps[49].torch > 0 or kwargs['interval'] == 'epoch'
+        counts |= {step.python for step in quiet}
+    # Of four hooks, with the calls that count them, whatever the number of layers.
+    assert len(counts) == 1 and counts.pop() <= 50
+
+
+class Unsized(torch.utils.data.IterableDataset):
+    def __init__(self, data):
+        super().__init__()
+        self._data = data
+
+    def __iter__(self):
+        return iter(self._data)
+
+
+def test_steps_that_are_not_logged_are_not_awake(tmp_path):
+    awake = []
+
+    class Monitor(PlasticityMonitor):
+        def on_train_batch_end(self, *args):
+            awake.append(self._is_awake)
+            super().on_train_batch_end(*args)
+
+    train(tmp_path, Monitor('weight_mag', interval=4), DeepModule(2), count=10)
+    # The first is looked at for what comes next, and the last of the epoch always.
+    assert [step for step, is_awake in enumerate(awake) if is_awake] == [0, 3, 7, 9]
+
+
+# --- growth -----------------------------------------------------------------------
+
+def test_operations_grow_linearly_with_layers(tmp_path):
+    launched = {}
+    for layers in (5, 10, 20, 40):
+        monitor = Counting('all', interval=2, source='train', samples=4)
+        train(tmp_path / str(layers), monitor, DeepModule(layers), count=4)
+        assert len({step.torch for step in monitor.steps[1::2]}) == 1
+        launched[layers] = monitor.steps[3].torch
+    per_layer = (launched[10] - launched[5]) / 5
+    assert 0 < per_layer < 60
+    for fewer, more in ((10, 20), (20, 40)):
+        assert launched[more] - launched[fewer] <= (more - fewer) * per_layer * 1.05, launched
+
+
+def test_a_tensor_of_a_device_is_a_few_operations():
+    # Multi-tensor kernels: the number of calls for all tensors together, not for each.
+    calls = Calls()
+    tensors = [torch.randn(3, 3) for _ in range(50)]
+    with calls:
+        norms = torch._foreach_norm(tensors, 1)
+    assert len(norms) == 50
+    alone = calls.torch
+    calls = Calls()
+    with calls:
+        _sums._sums_on_device(tensors, squares=True)
+    # Two such calls, and for each tensor what counts the numbers that are not finite.
+    assert calls.torch <= 2 * alone + 50 * 10
+
+
+def test_no_memory_grows_over_thousands_of_measurements(tmp_path):
+    class Small(Recorder):
+        def log_metrics(self, metrics, step=None):
+            self.step = step
+
+    measured = []
+
+    class Monitor(PlasticityMonitor):
+        def on_train_batch_end(self, *args):
+            super().on_train_batch_end(*args)
+            if (batch_idx := args[-1]) in (500, 2000):
+                gc.collect()
+                measured.append(tracemalloc.get_traced_memory()[0])
+                self.objects = getattr(self, 'objects', [])
+                self.objects.append(sum(isinstance(x, torch.Tensor) for x in gc.get_objects()))
+            assert batch_idx <= 2001
+
+    monitor = Monitor('all', interval=1, source='train', samples=2)
+    tracemalloc.start()
+    try:
+        _, _, lines, _ = fit(tmp_path, monitor, net=DeepModule(2), loader=batches(2002, size=2), validate=False,
+                             max_epochs=1, logger=Small(tmp_path))
+    finally:
+        tracemalloc.stop()
+    assert len(lines) == 2002 * 6
+    # 9000 measurements later; one number kept of each would be 200 KB.
+    assert measured[1] - measured[0] < 100_000
+    assert monitor.objects[1] <= monitor.objects[0] + 5
+
+
+# --- memory -----------------------------------------------------------------------
+
+def peak_bytes(function):
+    """ Bytes that torch holds at once while a function runs, beyond those before. """
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    changes, events = [], list(profile.profiler.kineto_results.experimental_event_tree())
+    while events:
+        event = events.pop()
+        events += event.children
+        if event.tag == torch._C._profiler._EventType.Allocation:
+            changes.append((event.start_time_ns, event.extra_fields.alloc_size))
+    return max(itertools.accumulate(size for _, size in sorted(changes)), default=0)
+
+
+def test_the_bytes_are_counted():
+    x = torch.ones(1 << 20)
+    assert peak_bytes(lambda: (x + 1, x + 2)) == 8 << 20
+    assert peak_bytes(lambda: x.sum()) < 1 << 10
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize('metric', ['weight_mag', 'grad_mag', 'erank'])
+def test_no_full_copy_of_weights_or_gradients(metric, dtype):
+    tensors = {'a': torch.ones(8, 1 << 21, dtype=dtype), 'b': torch.ones(8, 1 << 20, dtype=dtype)}
+    size = sum(x.nbytes for x in tensors.values())
+    metric = METRICS[metric]()
+    peak = peak_bytes(lambda: metric.compute(metric.statistics(tensors)))
+    # Chunks of a fixed size, in float64 for the effective rank.
+    limit = (_spectrum._CHUNK * 8 * 1.6) if metric.name == 'erank' else _sums._CHUNK * 8 * 1.1
+    assert 0 < peak <= limit
+    if metric.name != 'erank':
+        assert peak < size / 20
+
+
+def test_a_graph_is_not_kept(tmp_path):
+    """ The statistics of a step hold on to no activations. """
+    monitor = PlasticityMonitor('all', interval=1, source='train', samples=10 ** 6)
+    kept = []
+
+    class Net(DeepModule):
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            kept.extend(x.requires_grad for window in monitor._windows.values()
+                        for own in window.stats.values() for x in own.values())
+
+    train(tmp_path, monitor, Net(2))
+    assert kept and not any(kept)

@@ -1,0 +1,130 @@
+"""
+Several real processes: the same values as one, two collectives a step, and none that waits for ever.
+"""
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from common import TAGS, lines_of
+from process_runs import run_processes, train_together
+
+from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import METRICS
+
+ACTIVATIONS = ('dead_units', 'feature_erank')
+
+
+class Ran:
+    """ What the ranks have left in a folder. """
+
+    def __init__(self, folder, count, **kwargs):
+        Path(folder).mkdir(exist_ok=True)
+        self.codes = run_processes(train_together, count, str(folder), *(
+            kwargs.get(key, default) for key, default in (
+                ('strategy', 'ddp'), ('how', 'even'), ('fault', None), ('epochs', 2), ('sleep', 0.), ('monitor', None))))
+        self.said = [(Path(folder) / f'rank{rank}.txt').read_text() for rank in range(count)]
+        assert self.codes == [0] * count, self.said
+        self.ranks = [json.loads((Path(folder) / f'rank{rank}.json').read_text()) for rank in range(count)]
+        fpath = Path(folder) / 'run/version_0/plasticity.jsonl'
+        self.lines = [json.loads(line) for line in fpath.read_text().splitlines()]
+
+    def collectives(self):
+        """ How many a step of each rank, checked to be the same on all. """
+        first, *others = [rank['collectives'] for rank in self.ranks]
+        assert all(own == first for own in others)
+        return Counter(step for step, _ in first)
+
+
+@pytest.fixture(scope='module')
+def one(tmp_path_factory):
+    """ The same training on one process. """
+    return {source: Ran(tmp_path_factory.mktemp('one'), 1, monitor={'source': source}).lines
+            for source in ('train', 'validation')}
+
+
+def same(got, expected):
+    """ All lines, values and layers alike: counts exactly, the rest to 1e-6. """
+    def key(line):
+        return line['metric'], line['step']
+    got, expected = sorted(got, key=key), sorted(expected, key=key)
+    assert list(map(key, got)) == list(map(key, expected))
+    for line, other in zip(got, expected, strict=True):
+        exact = line['metric'] == 'dead_units'
+        assert line['samples'] == other['samples']
+        assert line['value'] == (other['value'] if exact else pytest.approx(other['value'], rel=1e-6))
+        assert set(line['layers']) == set(other['layers'])
+        for layer, own in line['layers'].items():
+            assert own == (other['layers'][layer] if exact else pytest.approx(other['layers'][layer], rel=1e-6))
+
+
+CASES = [('ddp', 2, 'even'), ('ddp', 3, 'even'), ('ddp', 2, 'branch'), ('ddp', 3, 'empty'), ('fsdp2', 2, 'even'),
+         ('fsdp2', 3, 'branch')]
+
+
+@pytest.mark.parametrize('source', ['train', 'validation'])
+@pytest.mark.parametrize('strategy, count, how', CASES)
+def test_values_of_several_processes(tmp_path, one, strategy, count, how, source):
+    ran = Ran(tmp_path, count, strategy=strategy, how=how, monitor={'source': source})
+    same(ran.lines, one[source])
+    assert {line['metric'] for line in ran.lines} == set(TAGS)
+    assert len(lines_of(ran.lines, 'erank')) == 10
+    assert max(ran.collectives().values()) <= 2
+    first, *others = ran.ranks
+    assert first['writes'] > 0 and all(rank['writes'] == 0 for rank in others)
+    # EarlyStopping and the like have to decide the same everywhere.
+    assert all(rank['values'] == pytest.approx(first['values']) and rank['steps'] == 10 for rank in others)
+    assert sum('PlasticityMonitor' in said for said in ran.said) == 1
+
+
+@pytest.mark.parametrize('how', ['even', 'empty'])
+@pytest.mark.parametrize('count', [2, 3])
+def test_windows_that_fill_unevenly(tmp_path, count, how):
+    # With an empty batch one process has seen enough later than the others.
+    ran = Ran(tmp_path, count, how=how, epochs=3, monitor={'source': 'train', 'samples': 11, 'interval': 2})
+    assert max(ran.collectives().values()) <= 2
+    for tag in ACTIVATIONS:
+        lines = lines_of(ran.lines, tag)
+        assert len(lines) >= 3 and all(line['samples'] >= 8 for line in lines)
+        assert len({line['step'] for line in lines}) == len(lines)
+
+
+def test_durations(tmp_path):
+    # The clocks of processes differ: one of them decides.
+    ran = Ran(tmp_path, 2, epochs=8, sleep=0.05, monitor={'metrics': 'weight_mag@0.4 seconds,erank@0.2 seconds'})
+    assert max(ran.collectives().values()) <= 2
+    counts = Counter(line['metric'] for line in ran.lines)
+    assert 8 <= counts['weight_mag'] <= 20 and counts['weight_mag'] < counts['erank'] <= 30
+    for tag, seconds in (('weight_mag', 0.4), ('erank', 0.2)):
+        # Each epoch of 5 steps has one; no more than these and the due ones.
+        lines = lines_of(ran.lines, tag)
+        assert {line['epoch'] for line in lines} == set(range(8))
+        duration = lines[-1]['time'] - lines[0]['time']
+        assert len(lines) <= duration / seconds + 8 + 1
+
+
+FAULTS = [(name, method, where) for name, cls in METRICS.items() for where in (1, None)
+          for method in ('observe' if cls.looks_at == 'activations' else 'statistics', 'compute')]
+
+
+@pytest.mark.parametrize('strategy', ['ddp', 'fsdp2'])
+@pytest.mark.parametrize('name, method, where', FAULTS)
+def test_metric_that_fails(tmp_path, name, method, where, strategy):
+    if strategy == 'fsdp2' and (where is None or name in ACTIVATIONS):
+        pytest.skip('as with DDP')
+    ran = Ran(tmp_path, 2, strategy=strategy, fault=(name, method, where, 3), monitor={'source': 'train'})
+    said = ''.join(ran.said)
+    assert said.count('Traceback') == 1 and f'fault of {name}' in said
+    for tag in METRICS[name].tags:
+        assert [line['step'] for line in lines_of(ran.lines, tag)][:1] == [0]
+        assert len(lines_of(ran.lines, tag)) <= 4
+    for tag in set(TAGS) - set(METRICS[name].tags):
+        assert [line['step'] for line in lines_of(ran.lines, tag)] == list(range(10))
+    assert max(ran.collectives().values()) <= 2
+
+
+@pytest.mark.parametrize('where', [0, 1])
+def test_only_metric_fails(tmp_path, where):
+    # There is nothing else that would bring the processes together.
+    ran = Ran(tmp_path, 2, fault=('weight_mag', 'statistics', where, 2), monitor={'metrics': 'weight_mag'})
+    assert [line['step'] for line in ran.lines] == [0, 1]
+    assert ''.join(ran.said).count('Traceback') == 1
