@@ -44,7 +44,6 @@ class MakePicturesCLI(scfg.DataConfig):
         config = cls.cli(cmdline=cmdline, data=kwargs, strict=True)
         out = Path(config.out).resolve()
         out.mkdir(parents=True, exist_ok=True)
-        # Not among the user's files: the paths of the runs are seen in TensorBoard.
         with tempfile.TemporaryDirectory() as work:
             runs = Path(config.runs or Path(work) / 'runs').resolve()
             if not config.runs:
@@ -92,8 +91,8 @@ def look_at_tensorboard(runs, target):
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
-    server = subprocess.Popen([sys.executable, '-m', 'tensorboard.main', f'--logdir={runs}', f'--port={port}',
-                               '--host=127.0.0.1', '--load_fast=false'], env=ENV)
+    server = subprocess.Popen([sys.executable, '-m', 'tensorboard.main', f'--logdir={runs.name}', f'--port={port}',
+                               '--host=127.0.0.1', '--load_fast=false'], env=ENV, cwd=runs.parent)
     try:
         wait(lambda: can_connect(port))
         with tempfile.TemporaryDirectory() as profile:
@@ -124,7 +123,7 @@ def start_chromium(profile):
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which('chromium')
     for flag in ('headless', 'no-sandbox', 'disable-gpu', 'disable-quic', 'no-first-run', 'disable-dev-shm-usage',
-                 'disable-background-networking', 'disable-component-update', 'disable-sync', 'window-size=1500,1000',
+                 'disable-background-networking', 'disable-component-update', 'disable-sync', 'window-size=1500,920',
                  f'user-data-dir={profile}'):
         options.add_argument(f'--{flag}')
     return webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which('chromedriver')))

@@ -112,12 +112,12 @@ class Routed(Net):
     def __init__(self):
         super().__init__()
         self.side = torch.nn.Linear(8, 16)
-        self.world, self.shard = 1, False
+        self.world, self.shard, self.always = 1, False, False
 
     def features(self, x):
         first = self.act(self.fc1(x))
         chosen = x[:, 0] > 0.5
-        if chosen.any():
+        if chosen.any() or self.always:
             first = first.index_add(0, chosen.nonzero()[:, 0], torch.tanh(self.side(x[chosen])))
         return first, torch.relu(self.fc2(first))
 
@@ -203,6 +203,7 @@ def train_together(folder, strategy='ddp', how='even', fault=None, epochs=2, sle
         fault_of(fault, rank)
     net = make_net(Routed).double()
     net.world = world
+    net.always = strategy == 'fsdp2'  # it needs all layers on all processes
     if world == 1:
         strategy = 'auto'
     elif strategy == 'ddp':
@@ -218,7 +219,9 @@ def train_together(folder, strategy='ddp', how='even', fault=None, epochs=2, sle
         enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
         use_distributed_sampler=False, logger=CSVLogger(folder, name='run', version=0),
         callbacks=[watch, PlasticityMonitor(**{'metrics': 'all', 'interval': 1, **(monitor or {})})])
-    validation = [x for x in make_data().double().split(10)][rank::world]  # not as many on each
+    validation = list(make_data().double().split(10))
+    # Not as many on each, but under FSDP2, which itself would wait for ever.
+    validation = [x[rank::world] for x in validation] if net.shard else validation[rank::world]
     with open(f'{folder}/rank{rank}.txt', 'w') as file, contextlib.redirect_stdout(file):
         trainer.fit(net, DataLoader(batches_of(rank, world, how), batch_size=None),
                     DataLoader(validation, batch_size=None))

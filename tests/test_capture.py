@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 import torch
+from conftest import BUILT_IN_ACTIVATIONS
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
@@ -565,10 +566,8 @@ def test_every_function_in_the_table_exists():
         return any(hasattr(place, name) for place in (
             torch, F, torch._C._nn, torch.Tensor)) or hasattr(torch.special, name.removeprefix('special_'))
 
-    from_transformers = {name for name in _saturation.SATURATED_VALUES if name.endswith('Activation')}
-    missing = [name for name in _saturation.SATURATED_VALUES if name not in from_transformers and not exists(name)
-               and name[0].islower()]
-    assert set(missing) <= {'squared_relu_of_a_user'}
+    from_transformers = {name for name in BUILT_IN_ACTIVATIONS if name.endswith('Activation')}
+    assert [name for name in BUILT_IN_ACTIVATIONS if name not in from_transformers and not exists(name)] == []
     if from_transformers:
         activations = pytest.importorskip('transformers.activations', reason='transformers is not installed')
         assert [name for name in from_transformers if not hasattr(activations, name)] == []

@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import BUILT_IN_ACTIVATIONS
 
 from geowatch.cli.fit import FitCLI
 from geowatch.utils.lightning_ext.callbacks.plasticity import PlasticityMonitor
 from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import METRICS
-from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._saturation import SATURATED_VALUES
 from geowatch.utils.lightning_ext.callbacks.plasticity_report import PlasticityReportCLI
 
 DOCS = Path(__file__).resolve().parents[1] / 'docs'
@@ -113,7 +113,7 @@ def test_every_flag_of_the_report_is_named():
 
 def test_every_activation_is_in_the_table(html):
     text = re.sub('<[^>]+>', '', (html / 'metrics/dead_units.html').read_text())
-    assert [name for name in SATURATED_VALUES if not re.search(rf'\b{name}\b', text)] == []
+    assert [name for name in BUILT_IN_ACTIVATIONS if not re.search(rf'\b{name}\b', text)] == []
 
 
 def test_keys_of_the_record_are_those_of_a_run(tmp_path):

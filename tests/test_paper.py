@@ -16,6 +16,8 @@ import torch
 from common import numpy_erank
 from torch.nn import functional as F
 
+from geowatch.utils.lightning_ext.callbacks.plasticity_report import PlasticityReportCLI
+
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / 'docs/examples/online_permuted_mnist.py'
 
@@ -45,7 +47,7 @@ def read_run(folder):
     return curves
 
 
-def test_small_scale_shows_the_loss_of_plasticity(tmp_path):
+def test_small_scale_shows_the_loss_of_plasticity(tmp_path, capsys):
     source = find_mnist()
     print(f'images: {source}')
     run = subprocess.run([sys.executable, str(SCRIPT), f'--mnist={source}', f'--out={tmp_path}'],
@@ -70,6 +72,13 @@ def test_small_scale_shows_the_loss_of_plasticity(tmp_path):
     assert died['lr0.05'] > 0.06
     assert died['lr0.003'] < 0.5 * died['lr0.05']
 
+    # Of the weights: it falls from fifth to fifth, and by much more than with the small step size.
+    ranks = large['erank']
+    assert all(after < before for before, after in zip(ranks, ranks[1:], strict=False))
+    lost = {name: 1 - own['erank'][-1] / own['erank'][0] for name, own in fifths.items()}
+    assert lost['lr0.05'] > 0.025
+    assert lost['lr0.05'] > 3 * lost['lr0.003']
+
     kept = {name: own['feature_erank'][-1] / own['feature_erank'][0] for name, own in fifths.items()}
     assert kept['lr0.05'] < 0.75
     assert kept['lr0.003'] > kept['lr0.05'] + 0.1
@@ -84,6 +93,19 @@ def test_small_scale_shows_the_loss_of_plasticity(tmp_path):
     # The table and the command for the report.
     assert all(name in run.stdout.split('Mean over')[1] for name in curves)
     assert f'plasticity_report {tmp_path}/lr0.003/version_0' in run.stdout
+    # The report sees it too.
+    capsys.readouterr()
+    code = PlasticityReportCLI.main(cmdline=0, runs=[str(tmp_path / name) for name in curves], format='json',
+                                    under='online_accuracy')
+    records = {record['run']: record for record in json.loads(capsys.readouterr().out)['runs']}
+    assert code == 0
+    assert [records[name]['learning rate'] for name in curves] == [0.003, 0.01, 0.05]
+    assert {'weight_mag', 'dead_units', 'feature_erank'} <= set(records['lr0.05']['signs'])
+    assert not {'weight_mag'} & set(records['lr0.003']['signs'])
+    assert records['lr0.05']['online_accuracy.trend'] == 'falls'
+    assert records['lr0.003']['online_accuracy.trend'] != 'falls'
+    # For TensorBoard, too.
+    assert len(list(tmp_path.glob('lr*/version_0/events.out.tfevents.*'))) == 3
 
 
 def test_measures_before_each_task_and_counts_before_each_update(tmp_path, example):

@@ -347,6 +347,24 @@ def test_pictures_and_page_are_written(tmp_path, capsys):
 
 
 @drawing
+def test_notes_stay_over_their_own_axes(tmp_path):
+    """ With the longest note that there is: logarithmic, and with a running mean. """
+    from geowatch.utils.lightning_ext.callbacks.plasticity_report.figures import _draw_panels
+    folder = write_run(tmp_path / 'a', [line(name, k, 10. ** (k % 3 + k // 20)) for k in range(100)
+                                        for name in ('weight_mag', 'grad_mag', 'erank', 'feature_erank')])
+    table = make_table([only_run(folder)])
+    figure = _draw_panels(table, table.labels(), 'step')
+    figure.savefig(tmp_path / 'panels.png')
+    notes = [axes.texts[0] for axes in figure.axes if axes.texts and 'logarithmic' in axes.texts[0].get_text()]
+    assert len(notes) == 4
+    assert 'running mean' in notes[1].get_text().replace('\n', ' ')
+    for note in notes:
+        own, axes = note.get_window_extent(), note.axes.get_window_extent()
+        assert axes.x0 - 1 <= own.x0 and own.x1 <= axes.x1 + 1, note.get_text()
+        assert own.y1 < note.axes._left_title.get_window_extent().y0 + 1
+
+
+@drawing
 def test_a_report_that_cannot_be_written_is_one_line_and_code_2(tmp_path, capsys):
     folder = write_run(tmp_path / 'a', [line('erank', 9, 5.0)])
     assert PlasticityReportCLI.main(cmdline=0, runs=[str(folder)], out=str(folder / 'plasticity.jsonl')) == 2

@@ -31,6 +31,7 @@ def test_prints_a_command_for_each_pair(tmp_path):
     assert sorted(tmp_path.iterdir()) == [tmp_path / 'task.yaml']
 
 
+@pytest.mark.slow
 def test_trains_reports_and_goes_on(tmp_path):
     pytest.importorskip('geowatch.tasks.fusion', reason='geowatch is not installed')
     pytest.importorskip('plotly', reason='the report needs plotly')

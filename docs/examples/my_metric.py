@@ -11,8 +11,7 @@ CommandLine:
 import torch
 
 from geowatch.utils.lightning_ext.callbacks.plasticity import PlasticityMonitor
-from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import METRICS, Metric, Result
-from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._metric import column, ratio_of_sums
+from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import METRICS, Metric, Result, column, ratio_of_sums
 
 
 class WeightRMS(Metric):

@@ -106,7 +106,7 @@ class FitCLI(scfg.DataConfig):
         if 'samples' in given:
             try:
                 given['samples'] = int(given['samples'])
-            except ValueError:
+            except (TypeError, ValueError):
                 pass  # the callback says what it expected
         from geowatch.utils.lightning_ext.callbacks.plasticity import PlasticityMonitor
         PlasticityMonitor(**given)

@@ -670,7 +670,9 @@ def _resolve(interval, metric, trainer):
 
 
 def _every(schedule):
-    return f'every {schedule.interval} steps' if schedule.steps else f'every {schedule.interval}'
+    if schedule.steps:
+        return 'every step' if schedule.steps == 1 else f'every {schedule.steps} steps'
+    return f'every {schedule.interval}'
 
 
 def _read_patterns(layers):

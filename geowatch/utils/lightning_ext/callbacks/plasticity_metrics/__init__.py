@@ -4,7 +4,7 @@ What is measured: one file per metric. This file is the registry.
 import difflib
 
 from ._errors import PlasticityConfigError
-from ._metric import Metric, Result
+from ._metric import Metric, Result, column, finite_mean, ratio_of_sums
 from ._saturation import register_activation
 from ._spectrum import effective_rank
 from .dead_units import DeadUnits
@@ -13,8 +13,8 @@ from .feature_erank import FeatureERank
 from .grad_mag import GradMag
 from .weight_mag import WeightMag
 
-__all__ = ['METRICS', 'Metric', 'PlasticityConfigError', 'Result', 'effective_rank', 'parse_metrics',
-           'register_activation']
+__all__ = ['METRICS', 'Metric', 'PlasticityConfigError', 'Result', 'column', 'effective_rank', 'finite_mean',
+           'parse_metrics', 'ratio_of_sums', 'register_activation']
 
 METRICS = {cls.name: cls for cls in (WeightMag, GradMag, DeadUnits, ERank, FeatureERank)}
 

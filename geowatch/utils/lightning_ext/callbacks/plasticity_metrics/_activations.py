@@ -23,6 +23,7 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ._saturation import SATURATED_VALUES, saturated_values
 from ._units import LAYER_FUNCTIONS, NORM_AXIS, SLICES, Place, default_axis, follow_units, layer_axis
@@ -266,8 +267,9 @@ class Capture(TorchFunctionMode):
                     self._guard(self._report_module, entered, kwargs_and_output[1])
 
     def _is_fast(self, module):
-        return (not module.training and not torch.is_grad_enabled()
-                and _get_current_function_mode() is self)
+        # Also a frozen part of a network in training.
+        return (not module.training and _get_current_function_mode() is self and not (
+            torch.is_grad_enabled() and any(param.requires_grad for param in module.parameters())))
 
     def _look_apart(self, entered, args, kwargs, output):
         """ What ran without us runs once more, for the look only. """
@@ -279,7 +281,8 @@ class Capture(TorchFunctionMode):
             self._stack.append(entered)
             self._suspended = entered.module  # so that nothing inside is suspended again
             try:
-                apart = entered.module.forward(*args, **kwargs)
+                with torch.no_grad(), _unseen():
+                    apart = entered.module.forward(*args, **kwargs)
             finally:
                 self._suspended = None
                 self._stack.pop()
@@ -411,7 +414,7 @@ class Capture(TorchFunctionMode):
         if site is None:
             site = self._sites[key] = Site(*key, is_module=entered is not None and _is_leaf(entered))
         device = output.device.type
-        with torch.no_grad():
+        with torch.no_grad(), _unseen():
             if torch.is_autocast_enabled(device):
                 with torch.autocast(device, enabled=False):
                     self._observe(site, output.detach(), axis, values)
@@ -449,6 +452,11 @@ def _eager():
     if 'torch._dynamo' in sys.modules and hasattr(torch.compiler, 'set_stance'):
         return torch.compiler.set_stance('force_eager')
     return contextlib.nullcontext()
+
+
+def _unseen():
+    """ What we call is none of the user's: selective checkpointing would replay its results as the model's. """
+    return _disable_current_modes() if torch._C._len_torch_dispatch_stack() else contextlib.nullcontext()
 
 
 def _is_leaf(entered):

@@ -2,8 +2,9 @@
 What TensorBoard shows beyond the scalars: one dashboard of all metrics, and the layers without a tag for each.
 """
 import math
+import re
 
-import torch
+import numpy as np
 
 from ..plasticity_report.words import describe
 
@@ -81,7 +82,7 @@ class Dashboard:
                 news = True
                 finite = [value for value in layers.values() if math.isfinite(value)]
                 if finite:
-                    writer.add_histogram(f'{LAYERS}/{metric}', torch.tensor(finite, dtype=torch.float64), step)
+                    writer.add_histogram(f'{LAYERS}/{metric}', np.array(finite), step)
                 self._lines[metric] = line_of(metric, starts, layers)
         if news:
             order = dict.fromkeys([*self._tags, *self._lines])
@@ -123,7 +124,7 @@ def layout(tags):
         >>> layout(['erank'])
         {'plasticity': {'Effective rank of weights': ['Multiline', ['^plasticity/erank$']]}}
     """
-    return {'plasticity': {describe(tag).title: ['Multiline', [f'^plasticity/{tag}$']] for tag in tags}}
+    return {'plasticity': {describe(tag).title: ['Multiline', [f'^plasticity/{re.escape(tag)}$']] for tag in tags}}
 
 
 def worst(metric, starts, layers):

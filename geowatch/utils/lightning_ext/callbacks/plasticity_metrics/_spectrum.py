@@ -9,9 +9,12 @@ import torch
 
 # Numbers that are held in float64 at once: 32 MB.
 _CHUNK = 1 << 22
+# Columns whose products with those before them are computed at once, so that of
+# a wide Gram matrix one half is: 512 columns in 0.75 of the time, 2048 in 0.6.
+_BLOCK = 256
 
 
-def gram(matrix, side):
+def gram(matrix, side, total=None):
     """
     Gram matrix of one side, in float64, whatever autocast is active.
 
@@ -23,6 +26,7 @@ def gram(matrix, side):
         matrix (Tensor): of shape (n, m), any floating point type.
         side (str): 'columns' gives the (m, m) matrix ``A.T @ A``,
             'rows' gives the (n, n) matrix ``A @ A.T``.
+        total (Tensor | None): a Gram matrix to add to, in place
 
     Returns:
         Tensor: float64, square. On the CPU if the device has no float64 (MPS).
@@ -38,13 +42,18 @@ def gram(matrix, side):
         matrix = matrix.cpu()
     tall = matrix if side == 'columns' else matrix.mT
     width = tall.shape[1]
-    total = tall.new_zeros(width, width, dtype=torch.float64)
+    if total is None:
+        total = tall.new_zeros(width, width, dtype=torch.float64)
     # Inside autocast a float32 product would become bfloat16. float64 is not
     # cast today, but nothing promises that.
     with torch.autocast(matrix.device.type, enabled=False):
         for rows in tall.split(max(1, _CHUNK // max(1, width))):
             rows = rows.to(torch.float64)
-            total.addmm_(rows.mT, rows)
+            for start in range(0, width, _BLOCK):
+                end = start + _BLOCK
+                total[start:end, :end].addmm_(rows[:, start:end].mT, rows[:, :end])
+    for end in range(_BLOCK, width, _BLOCK):
+        total[:end, end:end + _BLOCK] = total[end:end + _BLOCK, :end].mT
     return total
 
 

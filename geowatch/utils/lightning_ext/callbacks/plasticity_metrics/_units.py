@@ -155,8 +155,8 @@ def follow_units(name, args, kwargs, source, place, output):
     if output is source or (name not in _PRODUCTS and output.shape == source.shape
                             and output.stride() == source.stride()):
         return place  # by far the most calls
-    if not output.ndim:
-        return place._replace(axis=0)
+    if not output.ndim or not source.ndim:  # as the gradient of a loss
+        return place._replace(axis=max(0, output.ndim - 1))
     if name in _RESHAPES and output.numel() == source.numel():
         return _reshaped(source.shape, place, output.shape)
     axis = place.axis

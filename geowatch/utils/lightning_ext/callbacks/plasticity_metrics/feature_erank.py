@@ -44,19 +44,17 @@ class FeatureERank(Metric):
     def observe(self, stats, site, output, axis, saturated):
         """ See :class:`Metric`; fields 'gram' (d, d), 'rows', 'bad' and 'capped', 0-d. """
         rows = self._rows(output.movedim(axis, -1))
-        matrix = gram(rows, 'columns')
+        seen = stats.get(site)
+        matrix = gram(rows, 'columns', None if seen is None else seen['gram'])
         counts = {
             'rows': len(rows),
             # Non-finite numbers among the features: one makes the rank nan.
             'bad': rows.numel() - rows.isfinite().sum(),
             'capped': float(output.shape[axis] > self.max_units),
         }
-        seen = stats.get(site)
         if seen is None:
             zero = matrix.new_zeros(())
             seen = stats[site] = {'gram': matrix, **{key: zero.clone() for key in counts}}
-        else:
-            seen['gram'] += matrix
         for key, count in counts.items():
             seen[key] += count
 

@@ -4,6 +4,7 @@ The pictures as PNG files, drawn with matplotlib and without its global state.
 import itertools
 import math
 import re
+import textwrap
 
 from .findings import bin_means, running_mean
 from .runs import ReportError
@@ -126,7 +127,11 @@ def _figure(width, height):
 
 def _dress(axes, title, about='', percent=False, log=False):
     from matplotlib.ticker import PercentFormatter
-    axes.set_title(title, loc='left', fontsize=11, fontweight='bold', color=INK, pad=20 if about else 6)
+    # 15 characters of this size fill an inch; a longer line would run into the axes beside.
+    width = axes.figure.get_size_inches()[0] / axes.get_subplotspec().get_gridspec().ncols
+    about = textwrap.fill(about, int(15 * width))
+    lines = about.count('\n') + 1 if about else 0
+    axes.set_title(title, loc='left', fontsize=11, fontweight='bold', color=INK, pad=6 + 2 * bool(lines) + 12 * lines)
     if about:
         note = axes.annotate(about, (0, 1), xytext=(0, 6), xycoords='axes fraction', textcoords='offset points',
                              fontsize=8, color=QUIET)

@@ -1,0 +1,295 @@
+"""
+The rows of the table that need no framework around them: ours and theirs side by side.
+
+Each takes nothing and gives plain values. Times are CPU seconds, medians of
+runs that alternate.
+"""
+import contextlib
+import io
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+
+import torch
+from tools import Batches, resnet, run_lightning
+
+from geowatch.utils.lightning_ext.callbacks.plasticity import PlasticityMonitor
+from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import METRICS, effective_rank
+from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._weights import weights_of
+
+HOOKS = ('setup', 'teardown', *(name for name in vars(PlasticityMonitor) if name.startswith('on_')))
+
+
+def alternate(functions, repeats=7):
+    """ Median CPU seconds of each function (Dict[str, Callable]). """
+    times = {name: [] for name in functions}
+    for function in functions.values():
+        if repeats > 3:
+            function()  # once to warm up
+    for _ in range(repeats):
+        for name, function in functions.items():
+            start = time.process_time()
+            function()
+            times[name].append(time.process_time() - start)
+    return {name: sorted(own)[len(own) // 2] for name, own in times.items()}
+
+
+def measure(name, tensors):
+    metric = METRICS[name]()
+    return lambda: metric.compute(metric.statistics(tensors))
+
+
+# --- a step that is not logged ------------------------------------------------------
+
+def quiet_step():
+    """ Microseconds of all hooks of the monitor on a step that is not logged. """
+    import pytorch_lightning as pl
+    found = {}
+
+    class Probe(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch_idx == 5:
+                optimizer, loss = trainer.optimizers[0], torch.zeros(())
+                for _ in range(9):
+                    start = time.perf_counter()
+                    for _ in range(2000):
+                        monitor.on_train_batch_start(trainer, pl_module, batch, batch_idx)
+                        monitor.on_before_backward(trainer, pl_module, loss)
+                        monitor.on_before_optimizer_step(trainer, pl_module, optimizer)
+                        monitor.on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+                    times.append((time.perf_counter() - start) / 2000)
+                found['seconds'] = sorted(times)[4]
+                found['awake'] = monitor._is_awake
+
+    times = []
+    monitor = PlasticityMonitor('all', interval=50, source='train', samples=8)
+    run_lightning(Batches(12), [monitor, Probe()])
+    return found
+
+
+# --- weights and gradients -------------------------------------------------------------
+
+def one_read():
+    """ Weights and gradients of 100 million numbers against one read of that memory. """
+    count = 100_000_000
+    flat, flat_grad = torch.randn(count), torch.randn(count)
+    weights = {str(i): part.view(1000, -1) for i, part in enumerate(flat.chunk(25))}
+    grads = {str(i): part.view(1000, -1) for i, part in enumerate(flat_grad.chunk(25))}
+    weight_mag, grad_mag = measure('weight_mag', weights), measure('grad_mag', grads)
+    return alternate({
+        'read of weights: torch.sum': flat.sum,
+        'read of weights and gradients: torch.sum': lambda: (flat.sum(), flat_grad.sum()),
+        'ours: weight_mag': weight_mag,
+        'ours: weight_mag, grad_mag, grad_norm': lambda: (weight_mag(), grad_mag()),
+        'x.abs().mean() of each weight': lambda: [x.abs().mean() for x in weights.values()],
+        'torch.linalg.vector_norm(x, 1) of each weight': lambda: [
+            torch.linalg.vector_norm(x, 1) for x in weights.values()],
+    })
+
+
+# --- spectra ----------------------------------------------------------------------------
+
+def erank_resnet():
+    """ All weights of ResNet-18, and how far the values are from those of an SVD in float64. """
+    net = resnet()
+    weights = {name: weight.detach() for name, weight in weights_of(net).items()}
+    functions = {
+        'ours': measure('erank', weights),
+        'torch.linalg.svdvals of each': lambda: [torch.linalg.svdvals(x.flatten(1)) for x in weights.values()],
+    }
+    found = alternate(functions)
+    found['error'] = max(_error(weight) for weight in weights.values())
+    try:
+        import weightwatcher
+    except ImportError as ex:
+        found['weightwatcher'] = str(ex)
+        return found
+    watcher = weightwatcher.WeightWatcher(model=net)
+
+    def analyze():
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            watcher.analyze()
+
+    found.update(alternate({'WeightWatcher.analyze': analyze}, repeats=1))
+    return found
+
+
+def _error(matrix):
+    values = torch.linalg.svdvals(matrix.flatten(1).double())
+    p = values / values.sum()
+    return abs(effective_rank(matrix).item() / torch.special.entr(p).sum().exp().item() - 1)
+
+
+def erank_wide():
+    """ A matrix of 4096 x 11008. Of svdvals once: it takes a minute. """
+    matrix = torch.randn(4096, 11008, generator=torch.Generator().manual_seed(0))
+    found = alternate({'ours': lambda: effective_rank(matrix)}, repeats=3)
+    values = []
+    found.update(alternate({'torch.linalg.svdvals': lambda: values.append(torch.linalg.svdvals(matrix))}, repeats=1))
+    p = values[0].double() / values[0].double().sum()
+    found['difference from svdvals in float32'] = abs(
+        effective_rank(matrix).item() / torch.special.entr(p).sum().exp().item() - 1)
+    return found
+
+
+def feature_erank():
+    """ Features of 2000 samples of 512 units: the look at them, against the forward pass that makes them. """
+    found = {}
+    layer = torch.nn.Linear(512, 512)
+    mlp = torch.nn.Sequential(torch.nn.Linear(784, 512), torch.nn.ReLU(), *[layer, torch.nn.ReLU()] * 2)
+    features = [torch.randn(2000, 512).relu() for _ in range(3)]
+
+    def ours():
+        metric, stats = METRICS['feature_erank'](), {}
+        for i, x in enumerate(features):
+            for rows in x.split(100):
+                metric.observe(stats, i, rows, 1, (0.,))
+        metric.compute(stats)
+
+    @torch.no_grad()
+    def forward(net, x, size):
+        for rows in x.split(size):
+            net(rows)
+
+    net = resnet().eval()
+    images = torch.randn(100, 3, 64, 64)
+    found['three layers'] = alternate({
+        'ours': ours,
+        'SVD of the stacked features': lambda: [torch.linalg.svdvals(x) for x in features],
+        'forward of 784-512-512-512': lambda: forward(mlp, torch.zeros(2000, 784), 100),
+    })
+    found['forward of ResNet-18, 2000 images of 64 x 64'] = 20 * alternate(
+        {'forward': lambda: forward(net, images, 100)})['forward']
+    return found
+
+
+# --- whole runs ----------------------------------------------------------------------------
+
+class Timed(PlasticityMonitor):
+    """ Adds up the CPU time of its own hooks. """
+    spent = 0.
+
+
+def _timed(name):
+    def hook(self, *args, **kwargs):
+        start = time.process_time()
+        try:
+            return getattr(PlasticityMonitor, name)(self, *args, **kwargs)
+        finally:
+            self.spent += time.process_time() - start
+    return hook
+
+
+for _name in HOOKS:
+    setattr(Timed, _name, _timed(_name))
+
+
+def default_run():
+    """
+    Five epochs of ResNet-18 with all default settings, validation included.
+
+    The time of the hooks, and what following the activations adds to the
+    forward passes of one validation, measured apart.
+    """
+    from torch.utils.data import DataLoader, TensorDataset
+    generator = torch.Generator().manual_seed(0)
+
+    def loader(count):
+        return DataLoader(TensorDataset(torch.randn(count, 3, 64, 64, generator=generator),
+                                        torch.randint(0, 10, (count,), generator=generator)), batch_size=8)
+
+    def run(callbacks):
+        import pytorch_lightning as pl
+
+        class Net(pl.LightningModule):
+            def __init__(self):
+                super().__init__()
+                self.net = resnet()
+
+            def training_step(self, batch, batch_idx):
+                return torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+            def validation_step(self, batch, batch_idx):
+                start = time.process_time()
+                self.net(batch[0])
+                validation.append(time.process_time() - start)
+
+            def configure_optimizers(self):
+                return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+        validation = []
+        start = time.process_time()
+        pl.Trainer(max_epochs=5, accelerator='cpu', default_root_dir=tempfile.mkdtemp(), callbacks=callbacks,
+                   enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False).fit(
+            Net(), loader(400), loader(80))
+        return time.process_time() - start, sum(validation)
+
+    monitor = Timed()
+    plain, plain_validation = run([])
+    whole, validation = run([monitor])
+    return {'without': plain, 'with': whole, 'hooks': monitor.spent, 'validation without': plain_validation,
+            'validation with': validation}
+
+
+def imports():
+    """ Milliseconds to import plasticity.py, beyond torch, Lightning and the host. """
+    found = []
+    for _ in range(7):
+        said = subprocess.run([sys.executable, '-X', 'importtime', '-c', (
+            'import torch, pytorch_lightning\nimport geowatch.utils.lightning_ext.callbacks.plasticity')],
+            capture_output=True, text=True, check=True).stderr
+        times = {}
+        for line in said.splitlines():
+            if line.startswith('import time:') and '[us]' not in line:
+                _, cumulative, name = line.removeprefix('import time:').split('|')
+                times[name.strip()] = int(cumulative)
+        package = 'geowatch.utils.lightning_ext.callbacks'
+        found.append((times[f'{package}.plasticity'] - times.get('lightning.pytorch', 0)
+                      - max(times.get(package, 0), times.get('geowatch', 0))) / 1000)
+    return {'ours': sorted(found)[3]}
+
+
+# --- growth ---------------------------------------------------------------------------------
+
+def growth(sizes=(10_000, 100_000, 1_000_000, 10_000_000, 100_000_000, 300_000_000)):
+    """ CPU seconds of one measurement against the number of parameters, of four square layers. """
+    found = {}
+    for size in sizes:
+        width = round((size / 4) ** 0.5)
+        net = torch.nn.Sequential(*[torch.nn.Linear(width, width, bias=False) for _ in range(4)])
+        for param in net.parameters():
+            param.grad = torch.ones_like(param)
+        weights = {name: weight.detach() for name, weight in weights_of(net).items()}
+        grads = {name: weight.grad for name, weight in weights_of(net).items()}
+        flat = torch.empty(size)
+        functions = {
+            'one read: torch.sum': flat.zero_().sum,
+            'weight_mag': measure('weight_mag', weights),
+            'grad_mag, grad_norm': measure('grad_mag', grads),
+            'Lightning grad_norm': lambda net=net: _grad_norm(net),
+            'x.abs().mean() of each weight': lambda weights=weights: [x.abs().mean().item() for x in weights.values()],
+            'histogram of each weight (as wandb.watch)': lambda weights=weights: [
+                x.flatten().histc(64).tolist() for x in weights.values()],
+        }
+        if width <= 1600:
+            functions['erank'] = measure('erank', weights)
+            functions['svdvals of each weight'] = lambda weights=weights: [
+                torch.linalg.svdvals(x) for x in weights.values()]
+        slow = {name: functions.pop(name) for name in ('erank', 'svdvals of each weight') if name in functions}
+        found[size] = alternate(functions)
+        for name, function in slow.items():
+            if function is not None:
+                found[size].update(alternate({name: function}, repeats=7 if width < 1000 else 1))
+    return found
+
+
+def _grad_norm(net):
+    from pytorch_lightning.utilities import grad_norm
+    return [float(x) for x in grad_norm(net, norm_type=2).values()]
+
+
+ROWS = {row.__name__: row for row in (quiet_step, one_read, erank_resnet, erank_wide, feature_erank, default_run,
+                                      imports, growth)}

@@ -1,0 +1,134 @@
+"""
+What the monitor costs, beside its rivals: makes an environment, measures, writes a table and a plot.
+
+    python tests/benchmarks/run.py --out DIR [--rows steps,one_read] [--env DIR]
+
+Run it with the Python in which the wheel of this repository is installed, on
+a machine with nothing else to do; it takes about a quarter of an hour. The
+environment sees all that this Python sees, and the rivals beside it, so that
+all of them run with the same torch. A rival that cannot be installed or does
+not run is in the table with the reason.
+"""
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+RIVALS = ('ormas-monitor', 'fastai', 'wandb', 'torch-module-monitor', 'weightwatcher', 'mosaicml')
+# What mosaicml needs, where it cannot be installed with this torch and is installed alone.
+ALONE = {'mosaicml': ('coolname', 'py-cpuinfo', 'mosaicml-cli', 'tabulate', 'torch_optimizer')}
+ROWS = ('steps', 'quiet_step', 'one_read', 'erank_resnet', 'erank_wide', 'feature_erank', 'default_run', 'imports',
+        'growth')
+TOOLS = ('ours: weight_mag, grad_mag, dead_units', 'ours: all five metrics', 'ormas-monitor',
+         'fastai ActivationStats', 'Composer ActivationMonitor', 'wandb.watch(log="all")', 'torch-module-monitor',
+         'Lightning grad_norm')
+
+
+def make_environment(folder):
+    """ An environment that sees all of this one, and the rivals; its Python, and what could not be installed. """
+    python = folder / 'bin' / 'python'
+    failed = {}
+    if not python.exists():
+        subprocess.run([sys.executable, '-m', 'venv', folder], check=True)
+        packages = next((folder / 'lib').glob('python*')) / 'site-packages'
+        packages.joinpath('this.pth').write_text('\n'.join(path for path in sys.path if 'site-packages' in path) + '\n')
+        fixed = folder / 'constraints.txt'
+        fixed.write_text(''.join(f'{name}=={version}\n' for name, version in versions(
+            sys.executable, ('torch', 'torchvision', 'numpy', 'pytorch-lightning')).items()))
+        for name in RIVALS:
+            error = install(python, '-c', fixed, name)
+            if error:
+                error = install(python, '--no-deps', name) or install(python, '-c', fixed, *ALONE.get(name, ()))
+            if error:
+                failed[name] = error
+    return python, failed
+
+
+def install(python, *args):
+    if not args[-1:] or args[-1:] == args[1:2]:
+        return None
+    result = subprocess.run([python, '-m', 'pip', 'install', '-q', *args], capture_output=True, text=True, check=False)
+    return result.stderr.strip().splitlines()[-1] if result.returncode else None
+
+
+def versions(python, names):
+    code = ('import importlib.metadata as m, json, sys\nfound = {}\nfor name in sys.argv[1:]:\n'
+            '    try: found[name] = m.version(name)\n    except m.PackageNotFoundError: pass\nprint(json.dumps(found))')
+    return json.loads(subprocess.run([python, '-c', code, *names], capture_output=True, text=True, check=True).stdout)
+
+
+def work(python, kind, name, out, threads, timeout=1200):
+    """ The result of one row or tool, or why there is none. """
+    env = {**os.environ, 'OMP_NUM_THREADS': str(threads), 'GEOWATCH_PREIMPORT': '0', 'WANDB_MODE': 'offline',
+           'WANDB_SILENT': 'true'}
+    try:
+        done = subprocess.run([python, HERE / 'worker.py', kind, name], capture_output=True, text=True, env=env,
+                              cwd=out, timeout=timeout, check=False)
+    except subprocess.TimeoutExpired:
+        return {'error': f'took more than {timeout} s'}
+    for line in done.stdout.splitlines():
+        if line.startswith('RESULT '):
+            return json.loads(line.removeprefix('RESULT '))
+    return {'error': (done.stderr.strip().splitlines() or ['no result'])[-1][:200]}
+
+
+def steps(python, out, threads, rounds):
+    """ Each tool in a process of its own, one after the other, several times: the median of the rounds. """
+    found = {tool: [] for tool in TOOLS}
+    for _ in range(rounds):
+        for tool in TOOLS:
+            found[tool].append(work(python, 'tool', tool, out, threads))
+    return {tool: _median_round(rounds) for tool, rounds in found.items()}
+
+
+def _median_round(rounds):
+    good = sorted((r for r in rounds if 'error' not in r), key=lambda r: r['with'] / r['without'])
+    return {**good[len(good) // 2], 'rounds': len(good)} if good else rounds[0]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--out', type=Path, required=True, help='folder for table.md, results.json and the plot')
+    parser.add_argument('--env', type=Path, help='environment to make, or to use if it is there')
+    parser.add_argument('--rows', default=','.join(ROWS), help='names of rows, separated by commas')
+    parser.add_argument('--threads', type=int, default=1, help='of torch')
+    parser.add_argument('--rounds', type=int, default=3, help='of the tools that watch a step')
+    args = parser.parse_args()
+    unknown = set(rows := args.rows.split(',')) - set(ROWS)
+    if unknown:
+        parser.error(f'unknown rows {", ".join(sorted(unknown))}; expected any of {", ".join(ROWS)}')
+    args.out.mkdir(parents=True, exist_ok=True)
+    out = args.out.resolve()
+    python, failed = make_environment((args.env or args.out / 'env').resolve())
+    fpath = out / 'results.json'
+    results = json.loads(fpath.read_text()) if fpath.exists() else {}
+    for row in rows:
+        print(row, flush=True)
+        results[row] = (steps(python, out, args.threads, args.rounds) if row == 'steps'
+                        else work(python, 'row', row, out, args.threads))
+        results['machine'] = {
+            'processor': _processor(), 'cores': os.cpu_count(), 'threads': args.threads, 'python': platform.python_version(),
+            'load': os.getloadavg()[0], 'could not be installed': failed,
+            'versions': versions(python, ('torch', 'torchvision', 'pytorch-lightning', 'geowatch', *RIVALS))}
+        fpath.write_text(json.dumps(results, indent=1))
+    from table import draw, table
+    (out / 'table.md').write_text(table(results))
+    if 'error' not in results.get('growth', {'error': ''}):
+        draw(results['growth'], out / 'cost_growth.png')
+    print((out / 'table.md').read_text())
+
+
+def _processor():
+    try:
+        lines = Path('/proc/cpuinfo').read_text().splitlines()
+        return next(line.partition(':')[2].strip() for line in lines if line.startswith('model name'))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,118 @@
+"""
+The results as a table in Markdown, and as a plot.
+"""
+
+TARGETS = {
+    'reads': 'at most 1 from a device',
+    'quiet': '< 5 µs',
+    'step': '< +5 %',
+    'weight': '< 1.3 reads',
+    'both': '< 1.3 reads',
+    'erank': '< 0.5 CPU-s, 1e-6',
+    'wide': '< 1/5 of svdvals, 1e-6',
+    'feature': '< its forward passes',
+    'run': '< +1 %',
+    'import': '< 50 ms',
+}
+
+
+def table(results):
+    """
+    Args:
+        results (dict): of run.py
+
+    Returns:
+        str: Markdown
+    """
+    lines = ['| what | target | ours | others |', '|---|---|---|---|']
+
+    def add(what, target, ours, others=''):
+        lines.append(f'| {what} | {TARGETS[target]} | {ours} | {others} |')
+
+    def failed(row):
+        return 'error' in results.get(row, {'error': ''})
+
+    if 'steps' in results:
+        tools = results['steps']
+        three, five = 'ours: weight_mag, grad_mag, dead_units', 'ours: all five metrics'
+        others = {name: own for name, own in tools.items() if name not in (three, five)}
+        add('reads of a tensor by Python on a logged step, ResNet-18', 'reads', _reads(tools[five]),
+            ', '.join(f'{name} {_reads(own)}' for name, own in others.items()))
+        add('CPU time of a logged step with weight_mag, grad_mag, dead_units, ResNet-18, batch of 8, 64 x 64', 'step',
+            _more(tools[three]), ', '.join(f'{name} {_more(own)}' for name, own in others.items()))
+        lines.append(f'| the same with all five metrics | | {_more(tools[five])} | |')
+    if not failed('quiet_step'):
+        add('a step that is not logged: all hooks', 'quiet', f'{results["quiet_step"]["seconds"] * 1e6:.2f} µs')
+    if not failed('one_read'):
+        own = results['one_read']
+        read, both = own['read of weights: torch.sum'], own['read of weights and gradients: torch.sum']
+        others = ', '.join(f'{name} {own[name] / read:.2f}' for name in own if not name.startswith(('ours', 'read')))
+        add('weight_mag of 100 million parameters, in reads of that memory', 'weight',
+            f'{own["ours: weight_mag"] / read:.2f}', others)
+        add('weight_mag, grad_mag and grad_norm together, in reads of weights and gradients', 'both',
+            f'{own["ours: weight_mag, grad_mag, grad_norm"] / both:.2f}')
+    for row, key, what in (('erank_resnet', 'erank', 'erank of all weights of ResNet-18'),
+                           ('erank_wide', 'wide', 'erank of a 4096 x 11008 matrix')):
+        if not failed(row):
+            own = results[row]
+            off = next(value for name, value in own.items() if name.startswith(('error', 'difference')))
+            add(what, key, f'{own["ours"]:.2f} CPU-s, off by {off:.0e}', ', '.join(
+                f'{name} {value:.2f}' if isinstance(value, float) else f'{name}: {value}'
+                for name, value in own.items() if not name.startswith(('ours', 'error', 'difference'))))
+    if not failed('feature_erank'):
+        own = results['feature_erank']['three layers']
+        resnet = results['feature_erank']['forward of ResNet-18, 2000 images of 64 x 64']
+        add('feature_erank of three layers, 2000 samples, 512 units', 'feature', f'{own["ours"] * 1e3:.0f} ms',
+            ', '.join(f'{name} {value * 1e3:.0f} ms' for name, value in own.items() if name != 'ours')
+            + f', forward of ResNet-18 on 2000 images {resnet * 1e3:.0f} ms')
+    if not failed('default_run'):
+        own = results['default_run']
+        hooks = own['hooks'] / own['without']
+        looking = (own['validation with'] - own['validation without']) / own['without']
+        add('default run of ResNet-18, 5 epochs of 50 steps of 8 images', 'run', (
+            f'+{hooks:.1%} in hooks, {looking:+.1%} in the forward passes of validation; whole run '
+            f'{own["with"] / own["without"] - 1:+.1%}'), f'{own["without"]:.0f} CPU-s without')
+    if not failed('imports'):
+        add('import beyond torch, Lightning and the host', 'import', f'{results["imports"]["ours"]:.0f} ms')
+    for row, own in results.items():
+        if isinstance(own, dict) and 'error' in own:
+            lines.append(f'| {row} | | failed: {own["error"]} | |')
+    machine = results['machine']
+    said = ', '.join(f'{name} {version}' for name, version in machine['versions'].items())
+    missing = ''.join(f' {name} could not be installed: {why}.' for name, why in
+                      machine['could not be installed'].items())
+    lines += ['', f'{machine["processor"]}, {machine["cores"]} cores, {machine["threads"]} thread of torch, Python '
+                  f'{machine["python"]}; {said}.{missing}', '']
+    return '\n'.join(lines)
+
+
+def _reads(own):
+    return own['error'] if 'error' in own else str(own['reads'])
+
+
+def _more(own):
+    return own['error'] if 'error' in own else f'{own["with"] / own["without"] - 1:+.0%}'
+
+
+def draw(growth, fpath):
+    """
+    Cost against the number of parameters, on logarithmic axes.
+
+    Args:
+        growth (Dict[str, Dict[str, float]]): size to CPU seconds of each
+        fpath (str | PathLike):
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(8, 5), layout='constrained')
+    axes = figure.add_subplot()
+    names = dict.fromkeys(name for own in growth.values() for name in own)
+    for name in names:
+        ours = name in {'weight_mag', 'grad_mag, grad_norm', 'erank'}
+        points = [(int(size), own[name]) for size, own in growth.items() if name in own]
+        axes.loglog(*zip(*points, strict=True), marker='o', label=f'ours: {name}' if ours else name,
+                    linestyle='-' if ours else '--', linewidth=2 if ours else 1)
+    axes.set(xlabel='parameters (four square layers)', ylabel='CPU seconds of one measurement')
+    axes.grid(True, alpha=0.3)
+    axes.legend(fontsize=8)
+    FigureCanvasAgg(figure).print_png(fpath)

@@ -1,0 +1,113 @@
+"""
+Whatever is given as argument or flag works, or is refused with the documented error.
+"""
+import math
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from geowatch.cli.fit import FitCLI
+from geowatch.utils.lightning_ext.callbacks.plasticity import PlasticityMonitor
+from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import METRICS, parse_metrics
+from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._schedule import Schedule
+from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._window import count_examples
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12) | st.binary(max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2) | st.tuples(inner),
+    max_leaves=4)
+intervals = (st.sampled_from(['auto', 'epoch', '5 minutes', '2h', '30s', '1 day', '0.5 seconds', '1e3', '-1', '0', ' 7 ',
+                              '+3', '٣', '²', '1_000', 'inf', 'nan', '5 min utes', '5', 'P1D', '1e999 s', 'now'])
+             | st.integers(-3, 10**9).map(str) | st.text(max_size=8))
+names = st.sampled_from([*METRICS, 'all', '', ' ', 'erank ', 'Erank', 'wieght_mag', '@', 'grad_norm'])
+items = names | st.tuples(names, intervals).map('@'.join) | st.text(max_size=8)
+metrics = st.lists(items, max_size=4).map(','.join) | st.lists(items | anything, max_size=4) | anything
+many = settings(max_examples=300, deadline=None, derandomize=True)
+
+
+@many
+@given(metrics=metrics, interval=intervals | st.integers() | anything,
+       source=st.sampled_from(['auto', 'train', 'validation']) | anything, samples=st.integers() | anything,
+       layers=st.none() | st.text(max_size=10) | st.lists(st.text(max_size=5), max_size=3) | anything)
+@example(metrics='all', interval=math.inf, source='auto', samples=1, layers=None)
+@example(metrics='all', interval=10**400, source='auto', samples=1, layers='[')
+def test_constructor(metrics, interval, source, samples, layers):
+    try:
+        monitor = PlasticityMonitor(metrics, interval, source, samples, layers)
+    except ValueError as ex:
+        assert str(ex)
+        return
+    assert monitor.source in ('auto', 'train', 'validation') and monitor.samples >= 1
+    assert set(monitor._intervals) <= set(METRICS) and monitor._intervals
+    for own in monitor._intervals.values():
+        if own != 'auto':
+            schedule = Schedule(own)
+            assert schedule.steps is None or schedule.steps >= 1
+            assert schedule.seconds is None or 0 < schedule.seconds < math.inf
+            schedule.tick(0, last=True, now=0.)
+            assert schedule.owed
+    assert monitor.state_dict() == {}
+
+
+@many
+@given(metrics)
+def test_names_of_metrics(text):
+    try:
+        chosen = parse_metrics(text)
+    except ValueError as ex:
+        assert any(name in str(ex) for name in METRICS) or 'names' in str(ex)
+    else:
+        assert chosen and set(chosen) <= set(METRICS)
+
+
+@many
+@given(anything)
+def test_examples_of_any_batch(batch):
+    assert count_examples(batch) >= 0
+
+
+@many
+@given(anything)
+def test_any_state(state):
+    monitor = PlasticityMonitor('erank')
+    monitor.load_state_dict({'schedules': state, 'time': state, 'epoch': state})
+    schedule = Schedule('5 minutes')
+    schedule.load_state_dict({'owed': state, 'measured': state, 'elapsed': state})
+    schedule.tick(0, now=3.)
+    assert schedule.since <= 3. or schedule.since > 0
+
+
+flags = st.sampled_from(['metrics', 'interval', 'source', 'samples', 'layers', 'per_layer', 'metric', ''])
+values = (st.sampled_from(['all', 'erank', 'epoch', '5', 'train', 'true', 'False', '', '-1', '--', '-h', '=', 'a,b', '*'])
+          | st.text(st.characters(blacklist_categories=['Cs']), max_size=8))
+ours = st.builds(lambda flag, equals, value: [f'--plasticity_{flag}={value}'] if equals else [f'--plasticity_{flag}', value],
+                 flags, st.booleans(), values)
+theirs = st.sampled_from([['--config=a.yaml'], ['--trainer.max_steps', '4'], ['--no-such'], ['--data.x=--plasticity'], []])
+
+
+@settings(many, max_examples=150)
+@given(st.lists(ours | theirs, max_size=4))
+def test_flags(parts):
+    args = [arg for part in parts for arg in part]
+    try:
+        config, fusion_args = FitCLI.parse(args)
+        added = config.callback_args()
+    except SystemExit as ex:
+        assert ex.code == 2 or (ex.code in (0, None) and {'-h', '--help'} & set(args))
+    except ValueError as ex:
+        assert str(ex)  # of which main makes exit code 2
+    else:
+        assert not any(arg.startswith('--plasticity_') for arg in fusion_args)
+        given = any(value is not None for value in config.values())
+        assert bool(added) == given
+
+
+@pytest.mark.parametrize('args', [['--plasticity_metrics=wieght_mag'], ['--plasticity_samples=many'],
+                                  ['--plasticity_interval', '-3'], ['--plasticity_source=test'],
+                                  ['--plasticity_metrics'], ['--plasticity_nothing=1']])
+def test_exit_code(args, capsys):
+    with pytest.raises(SystemExit) as info:
+        FitCLI.main(cmdline=args)
+    assert info.value.code == 2
+    assert 'Traceback' not in capsys.readouterr().err
