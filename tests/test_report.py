@@ -658,3 +658,19 @@ def test_zoom(page):
     page.wait(f'{x_range}[0] > arguments[0]', before[0] + 1)
     after = page.js(x_range)
     assert before[0] < after[0] < after[1] < before[1]
+
+
+def test_a_run_that_goes_up_and_down_is_not_called_calm(tmp_path):
+    steps = range(9, 200, 10)
+    write_run(tmp_path / 'steady', [line('dead_units', step, 0.01 + step / 1000) for step in steps])
+    write_run(tmp_path / 'restless', [line('dead_units', step, (0.07, 0.3, 0.02, 0.25)[i % 4]) for i, step in
+                                      enumerate(steps)])
+    write_run(tmp_path / 'calm', [line('dead_units', step, 0.01) for step in steps])
+    runs, _ = load_runs([tmp_path / name for name in ('steady', 'restless', 'calm')])
+    table = make_table(runs)
+    assert table.trends[1]['dead_units'].word == 'up and down'
+    said = {finding.run: finding.text for finding in find(table)}
+    assert said['calm'].startswith('nothing moved far')
+    assert 'went up and down' in said['restless'] and 'nothing moved' not in said['restless']
+    # Nor is it said to lack what the other one shows.
+    assert 'calm does not show this' in said['steady'] and 'restless' not in said['steady']

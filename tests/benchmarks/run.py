@@ -41,16 +41,15 @@ def make_environment(folder):
             sys.executable, ('torch', 'torchvision', 'numpy', 'pytorch-lightning')).items()))
         for name in RIVALS:
             error = install(python, '-c', fixed, name)
-            if error:
-                error = install(python, '--no-deps', name) or install(python, '-c', fixed, *ALONE.get(name, ()))
+            if error and name in ALONE:
+                error = install(python, '--no-deps', name) or install(python, '-c', fixed, *ALONE[name])
             if error:
                 failed[name] = error
     return python, failed
 
 
 def install(python, *args):
-    if not args[-1:] or args[-1:] == args[1:2]:
-        return None
+    """ The last line of the error, or None. """
     result = subprocess.run([python, '-m', 'pip', 'install', '-q', *args], capture_output=True, text=True, check=False)
     return result.stderr.strip().splitlines()[-1] if result.returncode else None
 
@@ -111,8 +110,8 @@ def main():
         results[row] = (steps(python, out, args.threads, args.rounds) if row == 'steps'
                         else work(python, 'row', row, out, args.threads))
         results['machine'] = {
-            'processor': _processor(), 'cores': os.cpu_count(), 'threads': args.threads, 'python': platform.python_version(),
-            'load': os.getloadavg()[0], 'could not be installed': failed,
+            'processor': _processor(), 'cores': os.cpu_count(), 'threads': args.threads,
+            'python': platform.python_version(), 'load': os.getloadavg()[0], 'could not be installed': failed,
             'versions': versions(python, ('torch', 'torchvision', 'pytorch-lightning', 'geowatch', *RIVALS))}
         fpath.write_text(json.dumps(results, indent=1))
     from table import draw, table

@@ -281,7 +281,7 @@ class Capture(TorchFunctionMode):
             self._stack.append(entered)
             self._suspended = entered.module  # so that nothing inside is suspended again
             try:
-                with torch.no_grad(), _unseen():
+                with torch.no_grad():
                     apart = entered.module.forward(*args, **kwargs)
             finally:
                 self._suspended = None

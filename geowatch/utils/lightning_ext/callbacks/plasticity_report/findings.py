@@ -159,7 +159,12 @@ class Table:
 
 
 def _is_sign(name, trend):
-    return trend.word in ('rises', 'falls') and describe(name).is_sign(trend.start, trend.end)
+    return trend.word in ('rises', 'falls') and _ended_far(name, trend)
+
+
+def _ended_far(name, trend):
+    """ Also where it only goes up and down, and ends far from its start by chance. """
+    return trend.start is not None and describe(name).is_sign(trend.start, trend.end)
 
 
 def _setting(title, value):
@@ -247,7 +252,7 @@ def _signs(table, labels, signs, i):
     if table.under_trends[i] is not None and table.under_trends[i].start is not None:
         text += f' Meanwhile {_moved(table.under, table.under_trends[i])}.'
     others = [j for j in range(len(labels)) if j != i and all(name in table.trends[j] for name in signs[i])]
-    clear = [labels[j] for j in others if not set(signs[i]) & set(signs[j])]
+    clear = [labels[j] for j in others if not any(_ended_far(name, table.trends[j][name]) for name in signs[i])]
     if clear:
         one, many = {1: ('does not show this', 'do not show this'), 2: ('shows neither', 'show neither')}.get(
             len(signs[i]), ('shows none of these', 'show none of these'))
@@ -288,9 +293,15 @@ def _calm(table, labels, calm):
                  if name in METRICS and describe(name).rule and t.word not in ('one point', 'no data')]
         if shown:
             moves[labels[i]] = ', '.join(_moved(name, t) for name, t in shown)
-    if len(moves) > 4:
-        return [Finding('calm', _some(list(moves)), 'nothing moved far from its own start.')]
-    return [Finding('calm', label, f'nothing moved far from its own start ({text}).') for label, text in moves.items()]
+    restless = {labels[i]: [describe(name).short for name, t in table.trends[i].items()
+                            if name in METRICS and t.word == 'up and down' and _ended_far(name, t)] for i in calm}
+    still = [label for label in moves if not restless[label]]
+    findings = [Finding('calm', label, f'{" and ".join(restless[label])} went up and down, without a trend, and ended '
+                        f'far from the start ({text}).') for label, text in moves.items() if restless[label]]
+    if len(still) > 4:
+        return [*findings, Finding('calm', _some(still), 'nothing moved far from its own start.')]
+    return findings + [Finding('calm', label, f'nothing moved far from its own start ({moves[label]}).')
+                       for label in still]
 
 
 def _about_data(table, labels):
