@@ -226,7 +226,53 @@ def train_together(folder, strategy='ddp', how='even', fault=None, epochs=2, sle
         trainer.fit(net, DataLoader(batches_of(rank, world, how), batch_size=None),
                     DataLoader(validation, batch_size=None))
     with open(f'{folder}/rank{rank}.json', 'w') as file:
+        values = {key: float(x) for key, x in trainer.callback_metrics.items() if 'plasticity' in key}
         json.dump({'steps': trainer.global_step, 'collectives': watch.collectives, 'writes': watch.writes,
-                   'values': {key: float(x) for key, x in trainer.callback_metrics.items() if 'plasticity' in key}}, file)
+                   'values': values}, file)
     if world > 1:
         torch.distributed.destroy_process_group()
+
+
+def layouts(folder):
+    """ Sums over other layouts than FSDP2's, by the same statistics. """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._reduce import add_up, layout_of
+    torch.distributed.init_process_group('gloo')
+    matrix = torch.arange(12.).reshape(4, 3) - 3
+    matrix[1, 2] = float('inf')
+    both, own = init_device_mesh('cpu', (2,)), init_device_mesh('cpu', (2, 1), mesh_dim_names=('a', 'b'))
+    found = {}
+    for name, mesh, placements in (('rows', both, [Shard(0)]), ('columns', both, [Shard(1)]),
+                                   ('copies', both, [Replicate()]), ('part of the mesh', own['b'], [Shard(0)]),
+                                   ('both', own, [Replicate(), Shard(0)])):
+        tensor = distribute_tensor(matrix, mesh, placements)
+        for metric in ('grad_mag', 'erank'):
+            if METRICS[metric]().why_not(tensor) is None:
+                stats = {metric: METRICS[metric]().statistics({'x': tensor})}
+                layout = {metric: layout_of(stats[metric])}
+                total = add_up(stats, [layout, layout], 'cpu')[metric]['x']
+                found[f'{metric} {name}'] = {key: x.tolist() for key, x in total.items() if x.ndim == 0}
+            else:
+                found[f'{metric} {name}'] = METRICS[metric]().why_not(tensor)
+    if torch.distributed.get_rank() == 0:
+        with open(f'{folder}/found.json', 'w') as file:
+            json.dump(found, file)
+    torch.distributed.destroy_process_group()
+
+
+def flattened(folder):
+    """ What FSDP1 makes of the weights. """
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._weights import why_not_a_weight
+    torch.distributed.init_process_group('gloo')
+    found = []
+    for keeps in (False, True):
+        model = FullyShardedDataParallel(make_net(), use_orig_params=keeps, device_id=torch.device('cpu'))
+        found.append(sorted({str(why_not_a_weight(param)) for param in model.parameters()}))
+    if torch.distributed.get_rank() == 0:
+        with open(f'{folder}/found.json', 'w') as file:
+            json.dump(found, file)
+    torch.distributed.destroy_process_group()

@@ -15,10 +15,10 @@ from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._window import co
 
 anything = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12) | st.binary(max_size=4),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2) | st.tuples(inner),
-    max_leaves=4)
-intervals = (st.sampled_from(['auto', 'epoch', '5 minutes', '2h', '30s', '1 day', '0.5 seconds', '1e3', '-1', '0', ' 7 ',
-                              '+3', '٣', '²', '1_000', 'inf', 'nan', '5 min utes', '5', 'P1D', '1e999 s', 'now'])
+    lambda inner: (st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2)
+                   | st.tuples(inner)), max_leaves=4)
+intervals = (st.sampled_from(['auto', 'epoch', '5 minutes', '2h', '30s', '1 day', '0.5 seconds', '1e3', '-1', '0',
+                              ' 7 ', '+3', '٣', '²', '1_000', 'inf', 'nan', '5 min utes', '5', 'P1D', '1e999 s', 'now'])
              | st.integers(-3, 10**9).map(str) | st.text(max_size=8))
 names = st.sampled_from([*METRICS, 'all', '', ' ', 'erank ', 'Erank', 'wieght_mag', '@', 'grad_norm'])
 items = names | st.tuples(names, intervals).map('@'.join) | st.text(max_size=8)
@@ -78,12 +78,13 @@ def test_any_state(state):
     assert schedule.since <= 3. or schedule.since > 0
 
 
-flags = st.sampled_from(['metrics', 'interval', 'source', 'samples', 'layers', 'per_layer', 'metric', ''])
+flags = st.sampled_from(['metrics', 'interval', 'source', 'samples', 'layers', 'per_layer', 'budget', 'metric', ''])
 values = (st.sampled_from(['all', 'erank', 'epoch', '5', 'train', 'true', 'False', '', '-1', '--', '-h', '=', 'a,b', '*'])
           | st.text(st.characters(blacklist_categories=['Cs']), max_size=8))
-ours = st.builds(lambda flag, equals, value: [f'--plasticity_{flag}={value}'] if equals else [f'--plasticity_{flag}', value],
-                 flags, st.booleans(), values)
-theirs = st.sampled_from([['--config=a.yaml'], ['--trainer.max_steps', '4'], ['--no-such'], ['--data.x=--plasticity'], []])
+ours = st.builds(lambda flag, equals, value: (
+    [f'--plasticity_{flag}={value}'] if equals else [f'--plasticity_{flag}', value]), flags, st.booleans(), values)
+theirs = st.sampled_from([['--config=a.yaml'], ['--trainer.max_steps', '4'], ['--no-such'],
+                          ['--data.x=--plasticity'], []])
 
 
 @settings(many, max_examples=150)

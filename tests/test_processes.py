@@ -2,12 +2,13 @@
 Several real processes: the same values as one, two collectives a step, and none that waits for ever.
 """
 import json
+import math
 from collections import Counter
 from pathlib import Path
 
 import pytest
 from common import TAGS, lines_of
-from process_runs import run_processes, train_together
+from process_runs import flattened, layouts, run_processes, train_together
 
 from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import METRICS
 
@@ -128,3 +129,22 @@ def test_only_metric_fails(tmp_path, where):
     ran = Ran(tmp_path, 2, fault=('weight_mag', 'statistics', where, 2), monitor={'metrics': 'weight_mag'})
     assert [line['step'] for line in ran.lines] == [0, 1]
     assert ''.join(ran.said).count('Traceback') == 1
+
+
+def test_layouts_of_sharded_weights(tmp_path):
+    assert run_processes(layouts, 2, str(tmp_path)) == [0, 0]
+    found = json.loads((tmp_path / 'found.json').read_text())
+    finite = {'count': 12., 'nonfinite': 1 / 12, 'abs': math.inf, 'squares': math.inf}
+    for name in ('rows', 'columns', 'copies', 'part of the mesh', 'both'):
+        assert found[f'grad_mag {name}'] == pytest.approx(finite)
+        if name == 'columns':
+            assert found[f'erank {name}'] == 'sharded by columns'
+        else:
+            assert found[f'erank {name}'] == pytest.approx({'nonfinite': 1 / 12})
+
+
+def test_flattened_weights_are_told(tmp_path):
+    # Nothing is wrong silently: FSDP1 hides which numbers are weights.
+    assert run_processes(flattened, 2, str(tmp_path)) == [0, 0]
+    for reasons in json.loads((tmp_path / 'found.json').read_text()):
+        assert any('FSDP1' in reason for reason in reasons) and 'None' not in reasons

@@ -344,3 +344,40 @@ def test_losses_of_a_compiled_model(tmp_path):
             trainer.fit(module, DataLoader(make_data(), batch_size=8), DataLoader(make_data(), batch_size=8))
         return module.state_dict()
     assert equal(run(tmp_path / '1', []), run(tmp_path / '2', [PlasticityMonitor('all', interval=1)]))
+
+
+def test_geowatch_model(tmp_path):
+    # Batches are lists of dicts, and an item may be None.
+    pytest.importorskip('geowatch.tasks.fusion', reason='geowatch is not installed')
+    from geowatch.tasks.fusion.architectures.transformer import TransformerEncoderDecoder
+    from geowatch.tasks.fusion.methods import HeterogeneousModel
+    from geowatch.tasks.fusion.methods.heterogeneous import ScaleAgnostictPositionalEncoder
+
+    def run(folder, callbacks):
+        pl.seed_everything(3, verbose=False)
+        channels, classes, dataset_stats = HeterogeneousModel.demo_dataset_stats()
+        encoder = ScaleAgnostictPositionalEncoder(3)
+        backbone = TransformerEncoderDecoder(
+            encoder_depth=1, decoder_depth=1, dim=encoder.output_dim + 16, queries_dim=encoder.output_dim,
+            logits_dim=16, cross_heads=1, latent_heads=1, cross_dim_head=1, latent_dim_head=1)
+        model = HeterogeneousModel(classes=classes, dataset_stats=dataset_stats, input_sensorchan=channels,
+                                   position_encoder=encoder, backbone=backbone)
+        model.configure_optimizers = lambda: torch.optim.AdamW(model.parameters(), lr=0.001)
+        batches = [model.demo_batch(batch_size=2, width=16, height=16) for _ in range(3)]
+        batches[1].append(None)
+        trainer = pl.Trainer(default_root_dir=folder, max_epochs=2, accelerator='cpu', enable_progress_bar=False,
+                             enable_model_summary=False, enable_checkpointing=False, callbacks=callbacks)
+        trainer.fit(model, DataLoader(batches, batch_size=None), DataLoader(batches[:1], batch_size=None))
+        losses = {key: x for key, x in trainer.callback_metrics.items() if 'plasticity' not in key}
+        return trainer, [losses, model.state_dict(), trainer.optimizers[0].state_dict(), generators()], keys_of(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        _, plain, keys = run(tmp_path / 'plain', [])
+        for source in ('train', 'validation'):
+            monitor = PlasticityMonitor('all', interval=1, source=source, samples=2)
+            trainer, own, own_keys = run(tmp_path / source, [monitor])
+            assert equal(own, plain)
+            assert own_keys == keys and _get_current_function_mode() is None
+            assert {line['metric'] for line in read_lines(trainer)} == {
+                'weight_mag', 'grad_mag', 'grad_norm', 'dead_units', 'erank', 'feature_erank'}
+            copy.deepcopy(trainer.lightning_module)

@@ -6,29 +6,34 @@ This file says when to measure and hands on; what is measured, and how, is in
 """
 import contextlib
 import math
-import sys
 import time
 import traceback
 import warnings
-from collections import Counter
 from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
 
 from .plasticity_metrics import METRICS, PlasticityConfigError, parse_metrics
-from .plasticity_metrics._activations import Capture, fused_modules, site_names
+from .plasticity_metrics._activations import Capture, site_names
 from .plasticity_metrics._budget import Budget
+from .plasticity_metrics._message import describe
 from .plasticity_metrics._metric import check_result
-from .plasticity_metrics._reduce import add_up, contradictions, exchange, layout_of, processes, rank
+from .plasticity_metrics._reduce import add_up, contradictions, exchange, layout_of, processes, rank, to_host
 from .plasticity_metrics._schedule import Poll, Schedule
 from .plasticity_metrics._sinks import JsonLines, Loggers, plain
-from .plasticity_metrics._weights import (
-    clean_name,
-    is_sharded,
-    weights_of,
-    why_not_a_weight,
+from .plasticity_metrics._trainer import (
+    choose_source,
+    is_last_step,
+    is_last_validation,
+    resolve,
+    say_uncut,
+    scale_of,
+    show_in_progress_bar,
+    steps_of,
+    steps_until_the_last,
 )
+from .plasticity_metrics._weights import clean_name, is_sharded, weights_of
 from .plasticity_metrics._window import Window
 from .plasticity_report import report_command, write_report_script
 
@@ -164,7 +169,7 @@ class PlasticityMonitor(*_BASES):
         self._metrics = {name: METRICS[name]() for name in self._intervals}
         self._loggers = Loggers(trainer.loggers, [tag for name, metric in self._metrics.items()
                                                   for tag in metric.tags or [name]])
-        self._schedules = {name: Schedule(_resolve(interval, self._metrics[name], trainer))
+        self._schedules = {name: Schedule(resolve(interval, self._metrics[name], trainer))
                            for name, interval in self._intervals.items()}
         self._clock_poll = Poll()
         self._clock = None      # the time that all processes know, for the next step
@@ -183,9 +188,9 @@ class PlasticityMonitor(*_BASES):
         validates = trainer.enable_validation
         if self.source == 'validation' and not validates:
             raise PlasticityConfigError("Expected a validation loader for source='validation', but there is "
-                             "none. Give one, or set source='train'")
+                                        "none. Give one, or set source='train'")
         self._check_patterns(pl_module)
-        self._source, reason = _choose_source(self.source, validates, pl_module)
+        self._source, reason = choose_source(self.source, validates, pl_module)
         if self._source is None:
             for name in self._of('activations'):
                 del self._metrics[name], self._schedules[name]
@@ -194,7 +199,9 @@ class PlasticityMonitor(*_BASES):
                 warnings.warn(f'PlasticityMonitor: no log folder, so {FILE_NAME} is not written', stacklevel=2)
             elif not trainer.loggers:
                 warnings.warn(f'PlasticityMonitor: no logger, so values go to {self._file.fpath} only', stacklevel=2)
-            print(self._describe(pl_module, reason))
+            asked = any(METRICS[name].looks_at == 'activations' for name in self._intervals)
+            print(describe(pl_module, self._metrics, self._schedules, self._wants,
+                           f'{self._source}, {self.samples} examples', reason if asked else None))
 
     def on_train_start(self, trainer, pl_module):
         if self._is_on:
@@ -216,7 +223,7 @@ class PlasticityMonitor(*_BASES):
         if self._first_step is None:
             self._first_step = step
             self._drop_stale_lines(trainer, lambda row: row['step'] >= step)
-        last = _is_last_step(trainer, batch_idx)
+        last = is_last_step(trainer, batch_idx)
         # Not at the hook for it, which Lightning leaves out where a run goes on.
         if trainer.current_epoch != self._epoch:
             self._start_epoch(trainer.current_epoch, step)
@@ -238,7 +245,7 @@ class PlasticityMonitor(*_BASES):
         own = {id(param) for group in optimizer.param_groups for param in group['params']}
         gradients = {name: param.grad for name, param in self._weights(pl_module).items()
                      if param.grad is not None and id(param) in own}
-        scale = _scale_of(trainer, optimizer)
+        scale = scale_of(trainer, optimizer)
         for name in self._owed('gradients'):
             with self._guarding(name):
                 stats = self._metrics[name].statistics(gradients, scale)
@@ -258,7 +265,7 @@ class PlasticityMonitor(*_BASES):
         windows = self._windows if self._source == 'train' else {}
         for window in windows.values():
             window.batches += 1
-        self._publish(trainer, pl_module, ready, windows, epoch_ends=stepped and _is_last_step(trainer, batch_idx),
+        self._publish(trainer, pl_module, ready, windows, epoch_ends=stepped and is_last_step(trainer, batch_idx),
                       asks=stepped and self._asks_the_time(trainer))
         if stepped:
             self._gradients = {}
@@ -272,7 +279,7 @@ class PlasticityMonitor(*_BASES):
 
     def on_validation_start(self, trainer, pl_module):
         if self._looks_at_validation(trainer):
-            is_last = _is_last_validation(trainer)
+            is_last = is_last_validation(trainer)
             step = trainer.fit_loop.epoch_loop._batches_that_stepped
             self._open_windows([name for name in self._of('activations') if self._schedules[name].owed
                                 or (is_last and not self._schedules[name].measured
@@ -303,7 +310,7 @@ class PlasticityMonitor(*_BASES):
             if missed and trainer.is_global_zero:
                 print(f'PlasticityMonitor: asked for and never measured: {", ".join(missed)}')
             if self._measured and trainer.is_global_zero and self._file is not None and self._file.fpath.exists():
-                _say_uncut(f'To see the plasticity of this run: {report_command(self._file.fpath.parent)}')
+                say_uncut(f'To see the plasticity of this run: {report_command(self._file.fpath.parent)}')
 
     def state_dict(self):
         if not self._is_on:
@@ -339,7 +346,7 @@ class PlasticityMonitor(*_BASES):
             return step + 1
         wake = min((schedule.next_due(step + 1) for schedule in self._schedules.values()), default=math.inf)
         if not all(schedule.measured for schedule in self._schedules.values()):
-            wake = min(wake, step + _steps_until_the_last(trainer, pl_module, batch_idx))
+            wake = min(wake, step + steps_until_the_last(trainer, pl_module, batch_idx))
         return wake
 
     def _start_epoch(self, epoch, step):
@@ -388,8 +395,9 @@ class PlasticityMonitor(*_BASES):
         names = dict.fromkeys([*weights_of(pl_module), *(clean_name(name) for name, _ in pl_module.named_modules())])
         for pattern in self._patterns:
             if not any(pattern.match(name) for name in names):
-                raise PlasticityConfigError(f'Expected `layers` to match layers of the model, but {pattern.pattern!r} matches '
-                                 f'none of: {", ".join(weights_of(pl_module))}')
+                raise PlasticityConfigError(
+                    f'Expected `layers` to match layers of the model, but {pattern.pattern!r} matches none of: '
+                    f'{", ".join(weights_of(pl_module))}')
 
     # --- activations ----------------------------------------------------------
 
@@ -470,7 +478,7 @@ class PlasticityMonitor(*_BASES):
                                     for tag, result in self._metrics[name].compute(own).items()})
         if not results:
             return
-        columns = _to_host(results)
+        columns = to_host(results)
         step = trainer.fit_loop.epoch_loop._batches_that_stepped - behind
         now, epoch = time.time(), trainer.current_epoch
         rows = []
@@ -485,7 +493,7 @@ class PlasticityMonitor(*_BASES):
         scalars = {f'plasticity/{tag}': value for tag, (value, _) in columns.items()}
         trainer.callback_metrics.update({tag: torch.tensor(value) for tag, value in scalars.items()})
         if self.prog_bar:
-            _show(trainer, {tag: value for tag, (value, _) in columns.items()})
+            show_in_progress_bar(trainer, {tag: value for tag, (value, _) in columns.items()})
         if trainer.is_global_zero:
             if self._file is not None:
                 if self._first_step is None or step < self._first_step:
@@ -509,7 +517,7 @@ class PlasticityMonitor(*_BASES):
         step = trainer.fit_loop.epoch_loop._batches_that_stepped - behind
         numbers = exchange(self._budget.numbers(), trainer.strategy.root_device)[0]
         steps = max(step - self._first_step, 0) + 1
-        asked = {name: _steps_of(schedule, trainer, steps, numbers['seconds'])
+        asked = {name: steps_of(schedule, trainer, steps, numbers['seconds'])
                  for name, schedule in self._schedules.items()}
         overhead, waits = self._budget.plan(numbers, steps, asked)
         intervals = {}
@@ -598,26 +606,6 @@ class PlasticityMonitor(*_BASES):
 
     # --- what is said and written ----------------------------------------------
 
-    def _describe(self, pl_module, reason):
-        """ One message on what is watched, and what is not and why. """
-        watched = ', '.join(f'{name} ({_every(schedule)})' for name, schedule in self._schedules.items())
-        parts = [watched or 'nothing']
-        weights = weights_of(pl_module)
-        parts.append(f'{sum(map(self._wants, weights))} weights')
-        if self._of('activations'):
-            parts.append(f'activations in {self._source}, {self.samples} examples')
-        without = Counter(why_not_a_weight(param) for param in pl_module.parameters())
-        without = [f'{count} parameters {why}' for why, count in without.items() if why not in (None, 'biases and scales')]
-        without += [f'{name} of {layer} ({why})' for name in self._of('weights') for layer, weight in weights.items()
-                    if (why := self._metrics[name].why_not(weight))]
-        if self._of('activations'):
-            without += [f'activations inside {path} ({why})' for path, why in fused_modules(pl_module).items()]
-        without += [reason] if reason and any(METRICS[name].looks_at == 'activations' for name in self._intervals) else []
-        if not all(map(self._wants, weights)):
-            without.append(f'{len(weights) - sum(map(self._wants, weights))} weights outside of layers={self.layers!r}')
-        shown = without[:6] + ([f'and {len(without) - 6} more'] if len(without) > 6 else [])
-        return f'PlasticityMonitor: {"; ".join(parts)}' + (f'. Not watched: {"; ".join(shown)}' if shown else '')
-
     def _write_script(self):
         """ Beside the first lines, as the host does it for its pictures. """
         if not self._has_script:
@@ -636,120 +624,16 @@ class PlasticityMonitor(*_BASES):
             self._file.drop(lambda row: row['time'] > saved and is_stale(row))
 
 
-# --- what Lightning and the model say -------------------------------------------
-
-class _InBar(float):
-    """ A number with three significant digits in the progress bar, which would show 0.0001 as 0.000. """
-
-    def __format__(self, spec):
-        return format(float(self), '.3g')
-
-
-def _say_uncut(line):
-    """ While rich's progress bar is on it breaks what is printed into lines, and a command could not be pasted. """
-    console = getattr(sys.stdout, '_FileProxy__console', None)
-    if console is None:
-        print(line)
-    else:
-        console.print(line, soft_wrap=True, markup=False, highlight=False)
-
-
-def _show(trainer, values):
-    """ Put values into the progress bar, by names as short as they can be. """
-    # What the bar reads; the public property computes what the model has logged, in the middle of an epoch.
-    shown = trainer._logger_connector._progress_bar_metrics
-    for name, value in values.items():
-        is_free = isinstance(shown.get(name, _InBar()), _InBar)
-        shown[name if is_free else f'plasticity/{name}'] = _InBar(value)
-
-
-def _resolve(interval, metric, trainer):
-    if interval != 'auto':
-        return interval
-    return 'epoch' if metric.dear or not trainer.log_every_n_steps else trainer.log_every_n_steps
-
-
-def _every(schedule):
-    if schedule.steps:
-        return 'every step' if schedule.steps == 1 else f'every {schedule.steps} steps'
-    return f'every {schedule.interval}'
-
-
 def _read_patterns(layers):
     from kwutil import util_pattern
     parts = [layers] if isinstance(layers, str) else layers
     if parts is None:
         return []
     if not isinstance(parts, (list, tuple)) or not all(isinstance(part, str) for part in parts):
-        raise PlasticityConfigError('Expected `layers` to be patterns of layer names, separated by commas or in a list, '
-                         f'but got {layers!r}')
+        raise PlasticityConfigError('Expected `layers` to be patterns of layer names, separated by commas or in '
+                                    f'a list, but got {layers!r}')
     names = [name.strip() for part in parts for name in part.split(',') if name.strip()]
     return [util_pattern.Pattern.coerce(name, hint='glob') for name in names]
-
-
-def _is_last_step(trainer, batch_idx):
-    """ Whether the optimizer step that this batch belongs to is the last one of the epoch. """
-    if trainer.is_last_batch or 0 < trainer.max_steps <= trainer.global_step + max(1, len(trainer.optimizers)):
-        return True
-    batches, accumulate = trainer.num_training_batches, trainer.accumulate_grad_batches
-    return batches != math.inf and batch_idx // accumulate == (batches - 1) // accumulate
-
-
-def _steps_until_the_last(trainer, pl_module, batch_idx):
-    """ How many steps after this one the last one of the epoch comes, as far as that is known. """
-    left = math.inf
-    batches, accumulate = trainer.num_training_batches, trainer.accumulate_grad_batches
-    if batches != math.inf:
-        left = (batches - 1) // accumulate - batch_idx // accumulate
-    if trainer.max_steps > 0:
-        # Manual optimization may step any number of times in a batch.
-        left = min(left, trainer.max_steps - trainer.global_step if pl_module.automatic_optimization else 1)
-    return max(left, 1)
-
-
-def _steps_of(schedule, trainer, steps, seconds):
-    """ About how many steps are between two measurements that are asked for. """
-    if schedule.seconds is not None:
-        return max(schedule.seconds * steps / seconds, 1)
-    batches, accumulate = trainer.num_training_batches, trainer.accumulate_grad_batches
-    epoch = steps if batches == math.inf else -(-batches // accumulate)
-    return min(schedule.steps or epoch, max(epoch, 1))
-
-
-def _is_last_validation(trainer):
-    """ Whether no other validation follows in this epoch; True as well where that is unknown. """
-    every, batches = trainer.val_check_batch, trainer.num_training_batches
-    if trainer.is_last_batch or every is None or math.isinf(every) or math.isinf(batches):
-        return True
-    return batches - (trainer.fit_loop.epoch_loop.batch_idx + 1) < every
-
-
-def _choose_source(source, validates, pl_module):
-    """ Where activations are seen, None for nowhere, and a word on what that leaves out. """
-    compiled = _is_compiled(pl_module)
-    if compiled and not hasattr(torch.compiler, 'set_stance'):
-        return None, 'activations (the model is compiled, and this torch cannot run it as written: 2.6 can)'
-    if source == 'auto' and compiled and not validates:
-        return None, ("activations (the model is compiled, and there is no validation; source='train' looks, and "
-                      'runs the steps that it sees uncompiled)')
-    chosen = 'validation' if validates and source != 'train' else 'train'
-    if compiled and chosen == 'train':
-        return chosen, 'training steps whose activations are seen run uncompiled, and may differ in their last bits'
-    return chosen, None
-
-
-def _is_compiled(pl_module):
-    return getattr(pl_module, '_compiler_ctx', None) is not None or any(
-        hasattr(module, '_orig_mod') or getattr(module, '_compiled_call_impl', None) is not None
-        for module in pl_module.modules())
-
-
-def _scale_of(trainer, optimizer):
-    """ What the gradients are multiplied by now. A fused optimizer unscales by itself, later. """
-    scaler = getattr(trainer.precision_plugin, 'scaler', None)
-    if scaler is not None and getattr(optimizer, '_step_supports_amp_scaling', False):
-        return scaler.get_scale()
-    return 1.
 
 
 def _sharded(stats, pl_module):
@@ -758,27 +642,3 @@ def _sharded(stats, pl_module):
         return {}
     sharded = {name for name, weight in weights_of(pl_module).items() if is_sharded(weight)}
     return {name: own for name, own in stats.items() if name in sharded}
-
-
-def _to_host(results):
-    """
-    The one transfer from the device: value and columns of each tag as numbers.
-    """
-    tensors = []
-    for _, result in results.values():
-        tensors += [result.value, *(x for x in result.columns.values() if isinstance(x, torch.Tensor))]
-    flat = torch.cat([x.reshape(-1).double() for x in _on_one_device(tensors)])
-    numbers = iter(flat.tolist())
-    columns = {}
-    for tag, (_, result) in results.items():
-        value = next(numbers)
-        columns[tag] = value, {
-            key: [next(numbers) for _ in range(len(x))] if isinstance(x, torch.Tensor) else x
-            for key, x in result.columns.items()}
-    return columns
-
-
-def _on_one_device(tensors):
-    # Some are on the CPU where a device has no float64.
-    devices = {x.device for x in tensors}
-    return tensors if len(devices) == 1 else [x.cpu() for x in tensors]

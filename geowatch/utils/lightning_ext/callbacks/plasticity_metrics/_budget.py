@@ -35,10 +35,10 @@ class Budget:
         >>> budget.share
         0.02
         >>> # After 100 steps of 0.1 seconds, each measurement costs 0.02 seconds
-        >>> numbers = {'seconds': 10.2, 'spent': {'erank': 0.2}, 'counts': {'erank': 10}}
+        >>> numbers = {'seconds': 10.25, 'spent': {'erank': 0.2}, 'counts': {'erank': 10}}
         >>> overhead, wait = budget.plan(numbers, steps=100, asked={'erank': 10})
         >>> round(overhead, 4), wait  # 2 % are reached by 0.22 seconds in 11
-        (0.0196, {'erank': 8})
+        (0.0195, {'erank': 8})
     """
 
     def __init__(self, budget):

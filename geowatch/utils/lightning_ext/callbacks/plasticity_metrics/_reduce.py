@@ -177,3 +177,27 @@ def add_up(stats, layouts, device):
     for (metric, key, field, shape), piece in zip(shapes, buffer.split([len(x) for x in pieces]), strict=True):
         total.setdefault(metric, {}).setdefault(key, {})[field] = piece.view(shape)
     return total
+
+
+def to_host(results):
+    """
+    The one transfer from the device: value and columns of each tag as numbers.
+    """
+    tensors = []
+    for _, result in results.values():
+        tensors += [result.value, *(x for x in result.columns.values() if isinstance(x, torch.Tensor))]
+    flat = torch.cat([x.reshape(-1).double() for x in _on_one_device(tensors)])
+    numbers = iter(flat.tolist())
+    columns = {}
+    for tag, (_, result) in results.items():
+        value = next(numbers)
+        columns[tag] = value, {
+            key: [next(numbers) for _ in range(len(x))] if isinstance(x, torch.Tensor) else x
+            for key, x in result.columns.items()}
+    return columns
+
+
+def _on_one_device(tensors):
+    # Some are on the CPU where a device has no float64.
+    devices = {x.device for x in tensors}
+    return tensors if len(devices) == 1 else [x.cpu() for x in tensors]

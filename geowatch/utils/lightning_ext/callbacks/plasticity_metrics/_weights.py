@@ -73,6 +73,10 @@ def why_not_a_weight(param):
     """
     if is_lazy(param):
         return 'without a shape yet'
+    if hasattr(param, 'ds_id') and not param.numel():
+        return 'sharded by DeepSpeed, which keeps no tensor of them'
+    if getattr(param, '_fsdp_flattened', False) or type(param).__name__ == 'FlatParameter':
+        return 'flattened by FSDP1; FSDP2 keeps their shape'
     if param.ndim < 2:
         return 'biases and scales'
     if not param.is_floating_point():

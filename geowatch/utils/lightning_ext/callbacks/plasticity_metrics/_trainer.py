@@ -1,0 +1,106 @@
+"""
+What the trainer and the model say: when an epoch ends, what scales gradients, where to look.
+
+The one file that knows the attributes of Lightning that its callbacks have no
+other way to learn.
+"""
+import math
+import sys
+
+import torch
+
+
+def resolve(interval, metric, trainer):
+    if interval != 'auto':
+        return interval
+    return 'epoch' if metric.dear or not trainer.log_every_n_steps else trainer.log_every_n_steps
+
+
+def is_last_step(trainer, batch_idx):
+    """ Whether the optimizer step that this batch belongs to is the last one of the epoch. """
+    if trainer.is_last_batch or 0 < trainer.max_steps <= trainer.global_step + max(1, len(trainer.optimizers)):
+        return True
+    batches, accumulate = trainer.num_training_batches, trainer.accumulate_grad_batches
+    return batches != math.inf and batch_idx // accumulate == (batches - 1) // accumulate
+
+
+def steps_until_the_last(trainer, pl_module, batch_idx):
+    """ How many steps after this one the last one of the epoch comes, as far as that is known. """
+    left = math.inf
+    batches, accumulate = trainer.num_training_batches, trainer.accumulate_grad_batches
+    if batches != math.inf:
+        left = (batches - 1) // accumulate - batch_idx // accumulate
+    if trainer.max_steps > 0:
+        # Manual optimization may step any number of times in a batch.
+        left = min(left, trainer.max_steps - trainer.global_step if pl_module.automatic_optimization else 1)
+    return max(left, 1)
+
+
+def steps_of(schedule, trainer, steps, seconds):
+    """ About how many steps are between two measurements that are asked for. """
+    if schedule.seconds is not None:
+        return max(schedule.seconds * steps / seconds, 1)
+    batches, accumulate = trainer.num_training_batches, trainer.accumulate_grad_batches
+    epoch = steps if batches == math.inf else -(-batches // accumulate)
+    return min(schedule.steps or epoch, max(epoch, 1))
+
+
+def is_last_validation(trainer):
+    """ Whether no other validation follows in this epoch; True as well where that is unknown. """
+    every, batches = trainer.val_check_batch, trainer.num_training_batches
+    if trainer.is_last_batch or every is None or math.isinf(every) or math.isinf(batches):
+        return True
+    return batches - (trainer.fit_loop.epoch_loop.batch_idx + 1) < every
+
+
+def scale_of(trainer, optimizer):
+    """ What the gradients are multiplied by now. A fused optimizer unscales by itself, later. """
+    scaler = getattr(trainer.precision_plugin, 'scaler', None)
+    if scaler is not None and getattr(optimizer, '_step_supports_amp_scaling', False):
+        return scaler.get_scale()
+    return 1.
+
+
+def choose_source(source, validates, pl_module):
+    """ Where activations are seen, None for nowhere, and a word on what that leaves out. """
+    compiled = _is_compiled(pl_module)
+    if compiled and not hasattr(torch.compiler, 'set_stance'):
+        return None, 'activations (the model is compiled, and this torch cannot run it as written: 2.6 can)'
+    if source == 'auto' and compiled and not validates:
+        return None, ("activations (the model is compiled, and there is no validation; source='train' looks, and "
+                      'runs the steps that it sees uncompiled)')
+    chosen = 'validation' if validates and source != 'train' else 'train'
+    if compiled and chosen == 'train':
+        return chosen, 'training steps whose activations are seen run uncompiled, and may differ in their last bits'
+    return chosen, None
+
+
+def _is_compiled(pl_module):
+    return getattr(pl_module, '_compiler_ctx', None) is not None or any(
+        hasattr(module, '_orig_mod') or getattr(module, '_compiled_call_impl', None) is not None
+        for module in pl_module.modules())
+
+
+class _InBar(float):
+    """ A number with three significant digits in the progress bar, which would show 0.0001 as 0.000. """
+
+    def __format__(self, spec):
+        return format(float(self), '.3g')
+
+
+def show_in_progress_bar(trainer, values):
+    """ Put values into the progress bar, by names as short as they can be. """
+    # What the bar reads; the public property computes what the model has logged, in the middle of an epoch.
+    shown = trainer._logger_connector._progress_bar_metrics
+    for name, value in values.items():
+        is_free = isinstance(shown.get(name, _InBar()), _InBar)
+        shown[name if is_free else f'plasticity/{name}'] = _InBar(value)
+
+
+def say_uncut(line):
+    """ While rich's progress bar is on it breaks what is printed into lines, and a command could not be pasted. """
+    console = getattr(sys.stdout, '_FileProxy__console', None)
+    if console is None:
+        print(line)
+    else:
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
