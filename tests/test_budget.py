@@ -1,16 +1,19 @@
 """
 The budget: the monitor's own time, and what it does about it.
 """
+import json
 import time
 
 import pytest
 from common import Net, Recorder, fit, lines_of, make_net
+from process_runs import run_processes, train_together
 
 from geowatch.utils.lightning_ext.callbacks.plasticity import METRICS, PlasticityMonitor
 from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import PlasticityConfigError
 from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._budget import Budget, fair_parts
 from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._schedule import Schedule
 from geowatch.utils.lightning_ext.callbacks.plasticity_metrics.weight_mag import WeightMag
+from geowatch.utils.lightning_ext.callbacks.plasticity_report import PlasticityReportCLI
 
 
 class Dear(WeightMag):
@@ -165,3 +168,22 @@ def test_a_schedule_that_has_to_wait():
             steps.append(step)
             schedule.done()
     assert steps == [5, 8]
+
+
+def test_all_processes_keep_to_the_same_budget(tmp_path):
+    monitor = {'metrics': 'weight_mag,grad_mag,erank,dead_units', 'budget': 0.1, 'source': 'train', 'samples': 4}
+    assert run_processes(train_together, 2, str(tmp_path), 'ddp', 'even', None, 4, 0.02, monitor) == [0, 0]
+    ranks = [json.loads((tmp_path / f'rank{rank}.json').read_text()) for rank in range(2)]
+    assert ranks[0]['values'] == ranks[1]['values'] and ranks[0]['values']['plasticity/overhead'] > 0
+    assert ranks[0]['collectives'] == ranks[1]['collectives'] and ranks[0]['steps'] == ranks[1]['steps']
+    (fpath,) = tmp_path.glob('**/plasticity.jsonl')
+    lines = [json.loads(line) for line in fpath.read_text().splitlines()]
+    for tag in ('weight_mag', 'grad_mag', 'erank', 'dead_units'):
+        # Each took part, and waits: a step takes 20 ms, of which each has half a millisecond.
+        assert 1 <= len(lines_of(lines, tag)) < ranks[0]['steps'], tag
+
+
+def test_the_report_of_a_run_with_a_budget(tmp_path):
+    _, _, trainer = run(tmp_path, PlasticityMonitor('weight_mag,erank', interval=1, budget='50%'), n=20, max_epochs=2)
+    assert not PlasticityReportCLI.main([trainer.log_dir, '--dst', str(tmp_path / 'report')])
+    assert list((tmp_path / 'report').iterdir())

@@ -78,11 +78,14 @@ def test_any_state(state):
     assert schedule.since <= 3. or schedule.since > 0
 
 
-flags = st.sampled_from(['metrics', 'interval', 'source', 'samples', 'layers', 'per_layer', 'budget', 'metric', ''])
-values = (st.sampled_from(['all', 'erank', 'epoch', '5', 'train', 'true', 'False', '', '-1', '--', '-h', '=', 'a,b', '*'])
+flags = st.sampled_from(['metrics', 'interval', 'source', 'samples', 'layers', 'per_layer', 'budget', 'metric',
+                         ''])
+values = (st.sampled_from(['all', 'erank', 'epoch', '5', 'train', 'true', 'False', '', '-1', '--', '-h', '=', 'a,b',
+                           '*'])
           | st.text(st.characters(blacklist_categories=['Cs']), max_size=8))
 ours = st.builds(lambda flag, equals, value: (
-    [f'--plasticity_{flag}={value}'] if equals else [f'--plasticity_{flag}', value]), flags, st.booleans(), values)
+    [f'--plasticity_{flag}={value}'] if equals else [f'--plasticity_{flag}', value]),
+    flags, st.booleans(), values)
 theirs = st.sampled_from([['--config=a.yaml'], ['--trainer.max_steps', '4'], ['--no-such'],
                           ['--data.x=--plasticity'], []])
 

@@ -50,7 +50,8 @@ class Base(pl.LightningModule):
 
 class MLP(Base):
     def make(self):
-        return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 12), nn.GELU(), nn.Linear(12, 1))
+        return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 12), nn.GELU(),
+                             nn.Linear(12, 1))
 
 
 class Convolutions(Base):
@@ -145,7 +146,8 @@ class SelectivelyCheckpointed(MLP):
     """ Keeps the results of products, in the order in which they were called. """
 
     def make(self):
-        return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), Away(), nn.Linear(16, 12), nn.GELU(), Away(), nn.Linear(12, 1))
+        return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), Away(), nn.Linear(16, 12), nn.GELU(), Away(),
+                             nn.Linear(12, 1))
 
     def loss(self, batch):
         def policy(ctx, op, *args, **kwargs):
@@ -261,7 +263,7 @@ def train(tmp_path, name, monitor):
     cls, kwargs = CASES[name]
     kwargs = dict(kwargs)
     more = [kwargs.pop('callbacks')()] if 'callbacks' in kwargs else []
-    pl.seed_everything(3, verbose=False)
+    pl.seed_everything(3)
     module = cls()
     trainer = pl.Trainer(default_root_dir=tmp_path, max_epochs=2, accelerator='cpu', enable_progress_bar=False,
                          enable_model_summary=False, enable_checkpointing=False, callbacks=[*monitor, *more], **kwargs)
@@ -334,7 +336,7 @@ def test_a_difference_is_seen(tmp_path):
 def test_losses_of_a_compiled_model(tmp_path):
     # 'auto' looks at validation only, so that training stays the same.
     def run(folder, callbacks):
-        pl.seed_everything(3, verbose=False)
+        pl.seed_everything(3)
         module = Net()
         module.fc2.compile(backend='eager')
         trainer = pl.Trainer(default_root_dir=folder, max_epochs=2, accelerator='cpu', enable_progress_bar=False,
@@ -354,7 +356,7 @@ def test_geowatch_model(tmp_path):
     from geowatch.tasks.fusion.methods.heterogeneous import ScaleAgnostictPositionalEncoder
 
     def run(folder, callbacks):
-        pl.seed_everything(3, verbose=False)
+        pl.seed_everything(3)
         channels, classes, dataset_stats = HeterogeneousModel.demo_dataset_stats()
         encoder = ScaleAgnostictPositionalEncoder(3)
         backbone = TransformerEncoderDecoder(

@@ -7,7 +7,6 @@ import torch
 from common import TAGS, fit, last, make_net, matrices, mean_abs, numpy_erank
 
 from geowatch.utils.lightning_ext.callbacks.plasticity import PlasticityMonitor
-from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import effective_rank
 
 
 @pytest.mark.parametrize('source', ['validation', 'train'])
@@ -43,26 +42,3 @@ def test_features_and_dead_units_equal_numpy(tmp_path):
     line = last(lines, 'feature_erank')
     values = [layer['value'] for layer in line['layers'].values()]
     assert values == pytest.approx([numpy_erank(first), numpy_erank(second)], rel=1e-5)
-
-
-@pytest.mark.parametrize('interval, steps', [(1, list(range(10))), (7, [4, 6]), ('epoch', [4, 9]), ('auto', [4, 9])])
-def test_steps_of_weights(tmp_path, interval, steps):
-    _, _, lines, _ = fit(tmp_path, PlasticityMonitor('weight_mag,grad_mag', interval=interval))
-    for metric in ('weight_mag', 'grad_mag', 'grad_norm'):
-        assert [line['step'] for line in lines if line['metric'] == metric] == steps
-
-
-@pytest.mark.parametrize('kwargs, words', [
-    ({'metrics': 'wieght_mag'}, "Did you mean 'weight_mag'"), ({'interval': 'sometimes'}, 'duration'),
-    ({'interval': 0}, 'positive'), ({'samples': 0}, 'at least 1'), ({'source': 'test'}, 'validation'),
-])
-def test_wrong_input(kwargs, words):
-    with pytest.raises(ValueError, match=words):
-        PlasticityMonitor(**kwargs)
-
-
-@pytest.mark.parametrize('shape', [(40, 7), (7, 40), (16, 16)])
-@pytest.mark.parametrize('offset', [0, 1000])
-def test_effective_rank_equals_svd(shape, offset):
-    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0)) + offset
-    assert effective_rank(matrix).item() == pytest.approx(numpy_erank(matrix), rel=1e-5)
