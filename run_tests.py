@@ -2,16 +2,16 @@
 """
 Runs the tests, doctests among them, on the installed package.
 
-From the folder of the tests: a checkout on sys.path would not override an
-installed geowatch. Arguments go to pytest.
+In the folder of the tests: what lies in this one would be found before what is
+installed. Arguments go to pytest.
 """
 import os
+import subprocess
 import sys
 from pathlib import Path
 
-import pytest
+TESTS = Path(__file__).resolve().parent / 'tests'
 
 if __name__ == '__main__':
-    os.environ['GEOWATCH_PREIMPORT'] = '0'
-    os.chdir(Path(__file__).resolve().parent / 'tests')
-    sys.exit(pytest.main(sys.argv[1:]))
+    sys.exit(subprocess.call([sys.executable, '-m', 'pytest', *sys.argv[1:]], cwd=TESTS,
+                             env={**os.environ, 'GEOWATCH_PREIMPORT': '0'}))

@@ -185,5 +185,5 @@ def test_all_processes_keep_to_the_same_budget(tmp_path):
 
 def test_the_report_of_a_run_with_a_budget(tmp_path):
     _, _, trainer = run(tmp_path, PlasticityMonitor('weight_mag,erank', interval=1, budget='50%'), n=20, max_epochs=2)
-    assert not PlasticityReportCLI.main([trainer.log_dir, '--dst', str(tmp_path / 'report')])
+    assert not PlasticityReportCLI.main([trainer.log_dir, '--out', str(tmp_path / 'report')])
     assert list((tmp_path / 'report').iterdir())

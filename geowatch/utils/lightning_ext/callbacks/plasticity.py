@@ -515,7 +515,8 @@ class PlasticityMonitor(*_BASES):
     def _keep_to_the_budget(self, trainer, behind):
         """ Let what is too dear wait, on all processes alike, and say so. """
         step = trainer.fit_loop.epoch_loop._batches_that_stepped - behind
-        numbers = exchange(self._budget.numbers(), trainer.strategy.root_device)[0]
+        # Several processes need the same numbers: what the first one knew when they last agreed.
+        numbers = self._budget.numbers() if processes() == 1 else self._numbers
         steps = max(step - self._first_step, 0) + 1
         asked = {name: steps_of(schedule, trainer, steps, numbers['seconds'])
                  for name, schedule in self._schedules.items()}
@@ -541,7 +542,9 @@ class PlasticityMonitor(*_BASES):
         messages = exchange({
             'failed': sorted(self._failed), 'has': [name for name, own in ready.items() if own],
             'examples': {name: window.examples for name, window in asked.items()}, 'now': time.monotonic(),
-            'layout': {name: layout_of(own) for name, own in additive.items()}}, device)
+            'layout': {name: layout_of(own) for name, own in additive.items()},
+            'spent': self._budget and self._budget.numbers()}, device)
+        self._numbers = messages[0]['spent']
         if processes() > 1:
             self._set_the_clock(trainer, messages[0]['now'])
         layouts = [message['layout'] for message in messages]
