@@ -119,6 +119,21 @@ def test_tags_and_pictures(trained):
         assert picture.stat().st_size > 1000
 
 
+def test_package_of_the_model_has_nothing_of_ours(trained):
+    import zipfile
+
+    import torch
+    from geowatch.tasks.fusion.utils import load_model_from_package
+    _, log_dir, _, _ = trained
+    (fpath,) = log_dir.glob('packages/*.pt')
+    with zipfile.ZipFile(fpath) as file:
+        assert not [name for name in file.namelist() if 'plasticity' in name]
+    model = load_model_from_package(fpath)
+    (saved,) = [path for path in log_dir.glob('checkpoints/*.ckpt') if 'step=6' in path.name]
+    state = torch.load(saved, map_location='cpu', weights_only=False)['state_dict']
+    assert all(torch.equal(param, state[name]) for name, param in model.named_parameters())
+
+
 def test_repeated_from_its_config(trained):
     root, log_dir, lines, _ = trained
     config = yaml.safe_load((log_dir / 'config.yaml').read_text())

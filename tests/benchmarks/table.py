@@ -55,10 +55,10 @@ def table(results):
                            ('erank_wide', 'wide', 'erank of a 4096 x 11008 matrix')):
         if not failed(row):
             own = results[row]
-            off = next(value for name, value in own.items() if name.startswith(('error', 'difference')))
+            off = next(value for name, value in own.items() if name.startswith('difference'))
             add(what, key, f'{own["ours"]:.2f} CPU-s, off by {off:.0e}', ', '.join(
                 f'{name} {value:.2f}' if isinstance(value, float) else f'{name}: {value}'
-                for name, value in own.items() if not name.startswith(('ours', 'error', 'difference'))))
+                for name, value in own.items() if not name.startswith(('ours', 'difference'))))
     if not failed('feature_erank'):
         own = results['feature_erank']['three layers']
         resnet = results['feature_erank']['forward of ResNet-18, 2000 images of 64 x 64']
