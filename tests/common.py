@@ -90,7 +90,7 @@ def make_net(cls=Net, **kwargs):
 def fit(tmp_path, monitor, net=None, validate=True, n=37, batch_size=8, package=pl, callbacks=(), loader=None,
         **kwargs):
     """ Train for two epochs of 5 steps, the last batch shorter; (net, trainer, lines, data). """
-    net = net or make_net()
+    net = make_net() if net is None else net
     data = make_data(n)
     trainer = package.Trainer(**{
         'default_root_dir': tmp_path, 'max_epochs': 2, 'accelerator': 'cpu', 'enable_progress_bar': False,
