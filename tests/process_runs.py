@@ -25,6 +25,9 @@ from geowatch.utils.lightning_ext.callbacks.plasticity import PlasticityMonitor
 from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import METRICS
 from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._sinks import JsonLines
 
+# With torch 2.6 fully_shard fails on a CPU, whose streams lack what it calls.
+CAN_SHARD_ON_CPU = hasattr(pl.strategies, 'ModelParallelStrategy') and hasattr(torch.cpu.Stream, 'record_event')
+
 _context = multiprocessing.get_context('forkserver')
 _context.set_forkserver_preload(['process_runs'])
 
@@ -72,6 +75,11 @@ def _work(function, rank, count, port, args):
                           MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), TORCHELASTIC_RUN_ID='test',
                           GROUP_RANK='0')
     function(*args)
+    # Without the interpreter's own end, in which the threads of torch have hung
+    # once in a process that was forked.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 # --- killed in mid-run -------------------------------------------------------
@@ -230,6 +238,7 @@ def train_together(folder, strategy='ddp', how='even', fault=None, epochs=2, sle
         json.dump({'steps': trainer.global_step, 'collectives': watch.collectives, 'writes': watch.writes,
                    'values': values}, file)
     if world > 1:
+        torch.distributed.barrier()  # nobody leaves while another waits for it
         torch.distributed.destroy_process_group()
 
 
