@@ -674,3 +674,18 @@ def test_a_run_that_goes_up_and_down_is_not_called_calm(tmp_path):
     assert 'went up and down' in said['restless'] and 'nothing moved' not in said['restless']
     # Nor is it said to lack what the other one shows.
     assert 'calm does not show this' in said['steady'] and 'restless' not in said['steady']
+
+
+@drawing
+@pytest.mark.parametrize('base, step', [(18.65, 1e-3), (0., 1e-7)])
+def test_the_numbers_beside_an_axis_do_not_cover_its_note(tmp_path, base, step):
+    from geowatch.utils.lightning_ext.callbacks.plasticity_report import figures
+    write_run(tmp_path / 'run', [line('erank', 10 * i + 9, base + i * step) for i in range(5)])
+    runs, _ = load_runs([tmp_path / 'run'])
+    figure = figures._draw_metric(make_table(runs), ['run'], 'erank', 'step')
+    figure.canvas.draw()
+    axes = figure.axes[0]
+    offset = axes.yaxis.get_offset_text()
+    # All that stands beside the axis, be it a factor, ends left of where the note begins.
+    assert '+' not in offset.get_text()
+    assert not offset.get_text() or offset.get_window_extent().x1 <= axes.get_window_extent().x0

@@ -147,6 +147,10 @@ def _dress(axes, title, about='', percent=False, log=False):
         top = max(axes.get_ylim()[1], 0.01)
         axes.set_ylim(-0.03 * top, min(1.03, 1.05 * top))
         axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=' %'))
+    else:
+        # A sum beside the axis is hard to read, and a factor would stand in the note above it.
+        axes.ticklabel_format(axis='y', useOffset=False)
+        axes.yaxis.get_offset_text().set(x=-0.01, ha='right', color=QUIET, fontsize=8.5)
 
 
 def _draw_curves(axes, curves):
