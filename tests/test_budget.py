@@ -7,6 +7,7 @@ import time
 import pytest
 from common import Net, Recorder, fit, lines_of, make_net
 from process_runs import run_processes, train_together
+from pytorch_lightning import Callback
 
 from geowatch.utils.lightning_ext.callbacks.plasticity import METRICS, PlasticityMonitor
 from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import PlasticityConfigError
@@ -187,3 +188,16 @@ def test_the_report_of_a_run_with_a_budget(tmp_path):
     _, _, trainer = run(tmp_path, PlasticityMonitor('weight_mag,erank', interval=1, budget='50%'), n=20, max_epochs=2)
     assert not PlasticityReportCLI.main([trainer.log_dir, '--out', str(tmp_path / 'report')])
     assert list((tmp_path / 'report').iterdir())
+
+
+def test_a_run_that_begins_with_a_validation(tmp_path):
+    """ As one that goes on from a checkpoint in the middle of a validation: it has no first step yet. """
+    monitor = PlasticityMonitor('dead_units', interval=1, budget='50%')
+
+    class BeforeAnyStep(Callback):
+        def on_validation_epoch_start(self, trainer, pl_module):
+            monitor._first_step = None
+
+    _, trainer, lines, _ = fit(tmp_path, monitor, callbacks=[BeforeAnyStep()])
+    assert trainer.global_step == 10
+    assert lines_of(lines, 'dead_units')[0]['step'] == 4 and lines_of(lines, 'overhead')[0]['step'] == 4

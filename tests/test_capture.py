@@ -477,10 +477,16 @@ def test_kernels_that_show_nothing_are_named():
 
 
 def test_functorch_is_left_alone():
-    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU())
-    with Capture(model, Seen()):
-        torch.func.vmap(model)(torch.randn(5, 3))
-        torch.func.grad(lambda x: model(x).sum())(torch.randn(3))
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU()), torch.randn(5, 3)
+
+    def run():
+        return torch.func.vmap(model)(x), torch.func.grad(lambda row: model(row).sum())(x[0])
+
+    expected, seen = run(), Seen()
+    with Capture(model, seen):
+        got = run()
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    assert not seen.sites
 
 
 def test_autocast_sees_what_the_network_computed():

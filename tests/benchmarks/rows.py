@@ -13,7 +13,7 @@ import time
 import warnings
 
 import torch
-from tools import Batches, resnet, run_lightning
+from tools import Batches, lightning_resnet, resnet, run_lightning
 
 from geowatch.utils.lightning_ext.callbacks.plasticity import PlasticityMonitor
 from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import METRICS, effective_rank
@@ -204,27 +204,16 @@ def default_run():
     def run(callbacks):
         import pytorch_lightning as pl
 
-        class Net(pl.LightningModule):
-            def __init__(self):
-                super().__init__()
-                self.net = resnet()
-
-            def training_step(self, batch, batch_idx):
-                return torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
-
-            def validation_step(self, batch, batch_idx):
-                start = time.process_time()
-                self.net(batch[0])
-                validation.append(time.process_time() - start)
-
-            def configure_optimizers(self):
-                return torch.optim.SGD(self.parameters(), lr=1e-3)
+        def validation_step(self, batch, batch_idx):
+            start = time.process_time()
+            self.net(batch[0])
+            validation.append(time.process_time() - start)
 
         validation = []
         start = time.process_time()
         pl.Trainer(max_epochs=5, accelerator='cpu', default_root_dir=tempfile.mkdtemp(), callbacks=callbacks,
                    enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False).fit(
-            Net(), loader(400), loader(80))
+            lightning_resnet(validation_step=validation_step), loader(400), loader(80))
         return time.process_time() - start, sum(validation)
 
     monitor = Timed()

@@ -55,9 +55,9 @@ def resnet():
     return torchvision.models.resnet18(num_classes=10)
 
 
-def run_lightning(batches, callbacks=(), logger=None, **methods):
+def lightning_resnet(**methods):
+    """ ResNet-18 as a LightningModule, with more methods where a tool or a row wants them. """
     import pytorch_lightning as pl
-    logging.getLogger('pytorch_lightning').setLevel(logging.ERROR)
 
     class Net(pl.LightningModule):
         def __init__(self):
@@ -72,8 +72,13 @@ def run_lightning(batches, callbacks=(), logger=None, **methods):
 
     for name, method in methods.items():
         setattr(Net, name, method)
-    folder = tempfile.mkdtemp()
-    net = Net()
+    return Net()
+
+
+def run_lightning(batches, callbacks=(), logger=None, **methods):
+    import pytorch_lightning as pl
+    logging.getLogger('pytorch_lightning').setLevel(logging.ERROR)
+    folder, net = tempfile.mkdtemp(), lightning_resnet(**methods)
     if logger is None:
         logger = pl.loggers.TensorBoardLogger(folder)
     elif callable(logger):

@@ -517,7 +517,8 @@ class PlasticityMonitor(*_BASES):
         step = trainer.fit_loop.epoch_loop._batches_that_stepped - behind
         # Several processes need the same numbers: what the first one knew when they last agreed.
         numbers = self._budget.numbers() if processes() == 1 else self._numbers
-        steps = max(step - self._first_step, 0) + 1
+        # A run that goes on may begin with a validation, before any step of its own.
+        steps = 1 if self._first_step is None else max(step - self._first_step, 0) + 1
         asked = {name: steps_of(schedule, trainer, steps, numbers['seconds'])
                  for name, schedule in self._schedules.items()}
         overhead, waits = self._budget.plan(numbers, steps, asked)
