@@ -6,17 +6,21 @@ runs that alternate.
 """
 import contextlib
 import io
+import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
+from pathlib import Path
 
 import torch
 from tools import Batches, lightning_resnet, resnet, run_lightning
 
 from geowatch.utils.lightning_ext.callbacks.plasticity import PlasticityMonitor
 from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import METRICS, effective_rank
+from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._activations import Capture
 from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._weights import weights_of
 
 HOOKS = ('setup', 'teardown', *(name for name in vars(PlasticityMonitor) if name.startswith('on_')))
@@ -56,6 +60,7 @@ def quiet_step():
                     start = time.perf_counter()
                     for _ in range(2000):
                         monitor.on_train_batch_start(trainer, pl_module, batch, batch_idx)
+                        monitor.on_before_zero_grad(trainer, pl_module, optimizer)
                         monitor.on_before_backward(trainer, pl_module, loss)
                         monitor.on_before_optimizer_step(trainer, pl_module, optimizer)
                         monitor.on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
@@ -136,7 +141,7 @@ def erank_wide():
 
 
 def feature_erank():
-    """ Features of 2000 samples of 512 units: the look at them, against the forward pass that makes them. """
+    """ The look at 2000 samples, against the forward passes: of three layers of 512 units, and of ResNet-18. """
     found = {}
     layer = torch.nn.Linear(512, 512)
     mlp = torch.nn.Sequential(torch.nn.Linear(784, 512), torch.nn.ReLU(), *[layer, torch.nn.ReLU()] * 2)
@@ -155,72 +160,121 @@ def feature_erank():
             net(rows)
 
     net = resnet().eval()
-    images = torch.randn(100, 3, 64, 64)
+    images = torch.randn(2000, 3, 64, 64)
+
+    def look():
+        metric, stats = METRICS['feature_erank'](), {}
+        for batch in images.split(100):
+            with torch.no_grad(), Capture(net, lambda *call: metric.observe(stats, *call)):
+                net(batch)
+        metric.compute(stats)
+
     found['three layers'] = alternate({
         'ours': ours,
         'SVD of the stacked features': lambda: [torch.linalg.svdvals(x) for x in features],
         'forward of 784-512-512-512': lambda: forward(mlp, torch.zeros(2000, 784), 100),
     })
-    found['forward of ResNet-18, 2000 images of 64 x 64'] = 20 * alternate(
-        {'forward': lambda: forward(net, images, 100)})['forward']
+    found['ResNet-18'] = alternate({'forward and look': look, 'forward': lambda: forward(net, images, 100)}, repeats=3)
     return found
 
 
 # --- whole runs ----------------------------------------------------------------------------
 
-class Timed(PlasticityMonitor):
-    """ Adds up the CPU time of its own hooks. """
-    spent = 0.
+class Clock:
+    """
+    CPU seconds in all hooks of the monitor, and of each batch of validation.
 
+    The hooks of a monitor that is switched off are called too, so that the
+    same batches can be timed without it.
+    """
 
-def _timed(name):
-    def hook(self, *args, **kwargs):
+    def __init__(self):
+        self._hooks, self._validation, self._left = 0., [], 0.
+        for name in HOOKS:
+            setattr(PlasticityMonitor, name, self._timed(name, getattr(PlasticityMonitor, name)))
+
+    def _timed(self, name, hook):
+        def timed(monitor, *args, **kwargs):
+            start = time.process_time()
+            if name == 'on_validation_batch_end':
+                self._validation.append(start - self._left)
+            try:
+                return hook(monitor, *args, **kwargs)
+            finally:
+                self._left = time.process_time()
+                self._hooks += self._left - start
+        return timed
+
+    def run(self, function, monitored=True):
+        os.environ['DISABLE_PLASTICITY_MONITOR'] = '' if monitored else '1'
+        self._hooks, self._validation = 0., []
         start = time.process_time()
-        try:
-            return getattr(PlasticityMonitor, name)(self, *args, **kwargs)
-        finally:
-            self.spent += time.process_time() - start
-    return hook
+        function()
+        return {'whole': time.process_time() - start, 'hooks': self._hooks, 'validation': sum(self._validation)}
 
 
-for _name in HOOKS:
-    setattr(Timed, _name, _timed(_name))
+def _cost(watched, plain_validation, epochs=5):
+    """ By what the monitor did, since the noise of whole runs is larger: its hooks, and what it adds to validation. """
+    spent = watched['hooks'] + watched['validation'] - plain_validation
+    return {**watched, 'validation without': plain_validation, 'spent': spent, 'spent in an epoch': spent / epochs,
+            'share': spent / (watched['whole'] - spent)}
 
 
-def default_run():
-    """
-    Five epochs of ResNet-18 with all default settings, validation included.
-
-    The time of the hooks, and what following the activations adds to the
-    forward passes of one validation, measured apart.
-    """
+def _resnet_run(images, validation_images, batch_size, size, epochs=5):
+    import pytorch_lightning as pl
     from torch.utils.data import DataLoader, TensorDataset
     generator = torch.Generator().manual_seed(0)
 
     def loader(count):
-        return DataLoader(TensorDataset(torch.randn(count, 3, 64, 64, generator=generator),
-                                        torch.randint(0, 10, (count,), generator=generator)), batch_size=8)
+        return DataLoader(TensorDataset(torch.randn(count, 3, size, size, generator=generator),
+                                        torch.randint(0, 10, (count,), generator=generator)), batch_size=batch_size)
 
-    def run(callbacks):
-        import pytorch_lightning as pl
+    def validation_step(self, batch, batch_idx):
+        self.net(batch[0])
 
-        def validation_step(self, batch, batch_idx):
-            start = time.process_time()
-            self.net(batch[0])
-            validation.append(time.process_time() - start)
+    pl.Trainer(max_epochs=epochs, accelerator='cpu', default_root_dir=tempfile.mkdtemp(),
+               callbacks=[PlasticityMonitor()], enable_progress_bar=False, enable_model_summary=False,
+               enable_checkpointing=False).fit(
+        lightning_resnet(validation_step=validation_step), loader(images), loader(validation_images))
 
-        validation = []
-        start = time.process_time()
-        pl.Trainer(max_epochs=5, accelerator='cpu', default_root_dir=tempfile.mkdtemp(), callbacks=callbacks,
-                   enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False).fit(
-            lightning_resnet(validation_step=validation_step), loader(400), loader(80))
-        return time.process_time() - start, sum(validation)
 
-    monitor = Timed()
-    plain, plain_validation = run([])
-    whole, validation = run([monitor])
-    return {'without': plain, 'with': whole, 'hooks': monitor.spent, 'validation without': plain_validation,
-            'validation with': validation}
+def default_run():
+    """ Five epochs of ResNet-18 with all default settings, on as many images as CIFAR-10 has. """
+    clock = Clock()
+    # One epoch with few steps tells what its validation takes without the monitor.
+    plain = clock.run(lambda: _resnet_run(64, 10_000, 64, 32, epochs=1), monitored=False)
+    return _cost(clock.run(lambda: _resnet_run(50_000, 10_000, 64, 32)), 5 * plain['validation'])
+
+
+def short_run():
+    """ The same with epochs of seconds: 50 steps of 8 images of 64 x 64, and 10 batches of validation. """
+    clock = Clock()
+    plain = clock.run(lambda: _resnet_run(400, 80, 8, 64), monitored=False)
+    return {**_cost(clock.run(lambda: _resnet_run(400, 80, 8, 64)), plain['validation']), 'without': plain['whole']}
+
+
+def geowatch_run():
+    """ Five epochs of geowatch's HeterogeneousModel by its own command, on images that it draws itself. """
+    from geowatch.cli.fit import FitCLI
+
+    def run():
+        folder = tempfile.mkdtemp()
+        config = {
+            'seed_everything': 0,
+            'data': {'train_dataset': 'special:vidshapes24-frames6-multispectral-gsize128',
+                     'vali_dataset': 'special:vidshapes4-frames6-multispectral-gsize128',
+                     'chip_dims': 128, 'time_steps': 3, 'batch_size': 4, 'num_workers': 0, 'max_epoch_length': 400},
+            'model': 'HeterogeneousModel',
+            'optimizer': {'class_path': 'torch.optim.AdamW', 'init_args': {'lr': 1e-4}},
+            'trainer': {'accelerator': 'cpu', 'devices': 1, 'default_root_dir': folder, 'num_sanity_val_steps': 0,
+                        'max_epochs': 5}}
+        fpath = Path(folder) / 'config.json'
+        fpath.write_text(json.dumps(config))
+        FitCLI.main([f'--config={fpath}', '--plasticity_metrics=all'])
+
+    clock = Clock()
+    plain = clock.run(run, monitored=False)
+    return {**_cost(clock.run(run), plain['validation']), 'without': plain['whole']}
 
 
 def imports():
@@ -281,4 +335,4 @@ def _grad_norm(net):
 
 
 ROWS = {row.__name__: row for row in (quiet_step, one_read, erank_resnet, erank_wide, feature_erank, default_run,
-                                      imports, growth)}
+                                      short_run, geowatch_run, imports, growth)}

@@ -4,7 +4,7 @@ What the monitor costs, beside its rivals: makes an environment, measures, write
     python tests/benchmarks/run.py --out DIR [--rows steps,one_read] [--env DIR]
 
 Run it with the Python in which the wheel of this repository is installed, on
-a machine with nothing else to do; it takes about a quarter of an hour. The
+a machine with nothing else to do; it takes about three quarters of an hour. The
 environment sees all that this Python sees, and the rivals beside it, so that
 all of them run with the same torch. A rival that cannot be installed or does
 not run is in the table with the reason.
@@ -21,8 +21,8 @@ HERE = Path(__file__).parent
 RIVALS = ('ormas-monitor', 'fastai', 'wandb', 'torch-module-monitor', 'weightwatcher', 'mosaicml')
 # What mosaicml needs, where it cannot be installed with this torch and is installed alone.
 ALONE = {'mosaicml': ('coolname', 'py-cpuinfo', 'mosaicml-cli', 'tabulate', 'torch_optimizer')}
-ROWS = ('steps', 'quiet_step', 'one_read', 'erank_resnet', 'erank_wide', 'feature_erank', 'default_run', 'imports',
-        'growth')
+ROWS = ('steps', 'quiet_step', 'one_read', 'erank_resnet', 'erank_wide', 'feature_erank', 'default_run', 'short_run',
+        'geowatch_run', 'imports', 'growth')
 TOOLS = ('ours: weight_mag, grad_mag, dead_units', 'ours: all five metrics', 'ormas-monitor',
          'fastai ActivationStats', 'Composer ActivationMonitor', 'wandb.watch(log="all")', 'torch-module-monitor',
          'Lightning grad_norm')
@@ -60,7 +60,7 @@ def versions(python, names):
     return json.loads(subprocess.run([python, '-c', code, *names], capture_output=True, text=True, check=True).stdout)
 
 
-def work(python, kind, name, out, threads, timeout=1200):
+def work(python, kind, name, out, threads, timeout=3600):
     """ The result of one row or tool, or why there is none. """
     env = {**os.environ, 'OMP_NUM_THREADS': str(threads), 'GEOWATCH_PREIMPORT': '0', 'WANDB_MODE': 'offline',
            'WANDB_SILENT': 'true'}

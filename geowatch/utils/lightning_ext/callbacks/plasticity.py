@@ -239,6 +239,9 @@ class PlasticityMonitor(*_BASES):
         if self._capture is not None and pl_module.automatic_optimization:
             self._look_away()
 
+    # Which comes first where gradients are not accumulated; it calls torch twice for each parameter.
+    on_before_zero_grad = on_before_backward
+
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         if not self._is_awake or not self._owed('gradients'):
             return

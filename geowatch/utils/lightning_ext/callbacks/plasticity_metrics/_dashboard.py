@@ -12,6 +12,7 @@ from ..plasticity_report.words import describe
 LAYERS = 'plasticity_layers'
 WORST = f'{LAYERS}/worst'
 MOST_NAMED = 3
+MOST_BINS = 30
 
 
 class Dashboard:
@@ -82,7 +83,8 @@ class Dashboard:
                 news = True
                 finite = [value for value in layers.values() if math.isfinite(value)]
                 if finite:
-                    writer.add_histogram(f'{LAYERS}/{metric}', np.array(finite), step)
+                    # Its default of 1550 bins for any number would take most of the time of a logged step's logging.
+                    writer.add_histogram(f'{LAYERS}/{metric}', np.array(finite), step, bins=MOST_BINS)
                 self._lines[metric] = line_of(metric, starts, layers)
         if news:
             order = dict.fromkeys([*self._tags, *self._lines])

@@ -9,14 +9,16 @@ import torch
 
 # Numbers that are held in float64 at once: 32 MB.
 _CHUNK = 1 << 22
-# Columns whose products with those before them are computed at once, so that of
-# a wide Gram matrix one half is: 512 columns in 0.75 of the time, 2048 in 0.6.
-_BLOCK = 256
+# Columns whose products with those before them are computed at once: so half of
+# the work on a wide Gram matrix is left out, as the other half is never needed.
+# In one piece 128 columns take 1.4, 256 take 1.5 and 512 take 1.3 times as long.
+_NARROW, _WIDE = 96, 192
+
 
 
 def gram(matrix, side, total=None):
     """
-    Gram matrix of one side, in float64, whatever autocast is active.
+    Lower triangle of the Gram matrix of one side, in float64, whatever autocast is active.
 
     Gram matrices over disjoint rows (``side='columns'``) or disjoint columns
     (``side='rows'``) of one matrix add up to the Gram matrix of the whole,
@@ -29,7 +31,8 @@ def gram(matrix, side, total=None):
         total (Tensor | None): a Gram matrix to add to, in place
 
     Returns:
-        Tensor: float64, square. On the CPU if the device has no float64 (MPS).
+        Tensor: float64, square; above the diagonal may be 0. On the CPU if
+            the device has no float64 (MPS).
 
     Example:
         >>> from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._spectrum import gram
@@ -47,13 +50,12 @@ def gram(matrix, side, total=None):
     # Inside autocast a float32 product would become bfloat16. float64 is not
     # cast today, but nothing promises that.
     with torch.autocast(matrix.device.type, enabled=False):
+        block = _NARROW if width <= 256 else _WIDE
         for rows in tall.split(max(1, _CHUNK // max(1, width))):
             rows = rows.to(torch.float64)
-            for start in range(0, width, _BLOCK):
-                end = start + _BLOCK
+            for start in range(0, width, block):
+                end = start + block
                 total[start:end, :end].addmm_(rows[:, start:end].mT, rows[:, :end])
-    for end in range(_BLOCK, width, _BLOCK):
-        total[:end, end:end + _BLOCK] = total[end:end + _BLOCK, :end].mT
     return total
 
 
@@ -84,7 +86,8 @@ def entropy_rank(gram_matrix):
     0 log 0 = 0.
 
     Args:
-        gram_matrix (Tensor): float64, symmetric, of shape (..., d, d)
+        gram_matrix (Tensor): float64, of shape (..., d, d); its lower
+            triangle is read, as :func:`gram` makes it
 
     Returns:
         Tensor: float64, of shape (...). 0 for a zero or empty matrix, nan
@@ -108,7 +111,7 @@ def entropy_rank(gram_matrix):
     scale = safe.diagonal(dim1=-2, dim2=-1).amax(-1)
     safe = safe / torch.where(scale > 0, scale, 1.)[..., None, None]
     try:
-        singular = torch.linalg.eigvalsh(safe).clamp(min=0).sqrt()
+        singular = torch.linalg.eigvalsh(safe, UPLO='L').clamp(min=0).sqrt()
     except torch.linalg.LinAlgError:
         return torch.full_like(scale, torch.nan)
     total = singular.sum(-1)

@@ -10,10 +10,14 @@ References:
     .. [Dohare2024] Dohare et al., "Loss of plasticity in deep continual
        learning", Nature 632, 768, 2024; arXiv 2306.13812, section 4.
 """
+import functools
+import math
+
 import torch
 
 from ._metric import Metric, Result, column, finite_mean
 from ._spectrum import entropy_ranks, gram
+from ._sums import nonfinite
 
 
 class FeatureERank(Metric):
@@ -43,13 +47,13 @@ class FeatureERank(Metric):
 
     def observe(self, stats, site, output, axis, saturated):
         """ See :class:`Metric`; fields 'gram' (d, d), 'rows', 'bad' and 'capped', 0-d. """
-        rows = self._rows(output.movedim(axis, -1))
+        rows = self._rows(output, axis)
         seen = stats.get(site)
         matrix = gram(rows, 'columns', None if seen is None else seen['gram'])
         counts = {
             'rows': len(rows),
             # Non-finite numbers among the features: one makes the rank nan.
-            'bad': rows.numel() - rows.isfinite().sum(),
+            'bad': nonfinite(rows),
             'capped': float(output.shape[axis] > self.max_units),
         }
         if seen is None:
@@ -58,19 +62,18 @@ class FeatureERank(Metric):
         for key, count in counts.items():
             seen[key] += count
 
-    def _rows(self, features):
+    def _rows(self, output, axis):
         """ At most `max_rows` rows, evenly strided, of at most `max_units` units. """
-        *sizes, units = features.shape
-        count = features.numel() // units
+        units = output.shape[axis]
+        count = output.numel() // units
         stride = -(-count // self.max_rows)
         if stride > 1:
             # Row by row: to flatten an image with channels first would copy all of it.
-            chosen, index = torch.arange(0, count, stride, device=features.device), []
-            for size in reversed(sizes):
-                index.insert(0, chosen % size)
-                chosen = chosen // size
-            features = features[tuple(index)]
-        rows = features.reshape(-1, units)
+            features = output.movedim(axis, -1)
+            rows = features[_every(stride, features.shape[:-1], output.device)]
+        else:
+            # Images have their units first, where neighbours are copied together.
+            rows = output.movedim(axis, 0).reshape(units, count).mT
         if units > self.max_units:
             rows = rows[:, _choice(units, self.max_units).to(rows.device)]
         return rows
@@ -84,6 +87,16 @@ class FeatureERank(Metric):
         return {'feature_erank': Result(finite_mean(ranks), list(stats), {
             'value': ranks, 'rows': rows, 'nonfinite': bad / (rows * widths),
             'units_used': torch.where(capped > 0, widths, 0.)})}
+
+
+@functools.lru_cache(maxsize=64)  # to make it takes longer than to use it
+def _every(stride, shape, device):
+    """ Index of every stride-th place of a shape. """
+    chosen, index = torch.arange(0, math.prod(shape), stride, device=device), []
+    for size in reversed(shape):
+        index.insert(0, chosen % size)
+        chosen = chosen // size
+    return tuple(index)
 
 
 def _choice(units, most):
