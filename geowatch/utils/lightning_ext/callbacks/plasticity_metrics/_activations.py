@@ -306,7 +306,7 @@ class Capture(TorchFunctionMode):
     def _follow(self, func, args, kwargs, output):
         if isinstance(output, torch.Tensor):
             outputs = [output] if output.is_floating_point() else None
-        elif isinstance(output, (tuple, list)):
+        elif isinstance(output, (tuple, list)) and type(output) is not torch.Size:
             outputs = [x for x in _tensors(output) if x.is_floating_point()]
         else:
             outputs = None

@@ -5,7 +5,6 @@ The first lets all processes know what each of them has, since ranks may have
 seen different sites and a metric may have failed on one of them. The second
 adds up all statistics in one buffer. On a single process there is neither.
 """
-import dataclasses
 import json
 import zlib
 
@@ -103,7 +102,7 @@ def layout_of(stats):
         >>> layout_of({'fc1': {'gram': torch.eye(2)}})
         [('fc1', {'gram': [2, 2]})]
     """
-    return [(list(dataclasses.astuple(key)) if isinstance(key, Site) else key,
+    return [(list(vars(key).values()) if isinstance(key, Site) else key,
              {field: list(x.shape) for field, x in own.items()}) for key, own in stats.items()]
 
 
