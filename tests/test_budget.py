@@ -9,8 +9,10 @@ from common import Net, Recorder, fit, lines_of, make_net
 from process_runs import run_processes, train_together
 from pytorch_lightning import Callback
 
+from geowatch.utils.lightning_ext.callbacks import plasticity
 from geowatch.utils.lightning_ext.callbacks.plasticity import METRICS, PlasticityMonitor
 from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import PlasticityConfigError
+from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._activations import Capture
 from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._budget import Budget, fair_parts
 from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._schedule import Schedule
 from geowatch.utils.lightning_ext.callbacks.plasticity_metrics.weight_mag import WeightMag
@@ -119,6 +121,29 @@ def test_time_of_an_inner_block_counts_once(monkeypatch):
         with budget.spending(['b']):
             pass
     assert budget._spent == {'b': 2 + 2, 'a': 2}
+
+
+def test_following_the_calls_is_counted_and_looking_at_them_once(tmp_path, monkeypatch):
+    class Slowly(Capture):
+        def _follow(self, *args):
+            time.sleep(0.002)
+            calls.append(args)
+            super()._follow(*args)
+
+    def observe(self, *args):
+        time.sleep(0.05)
+        looks.append(args)
+        return original(self, *args)
+
+    calls, looks, original = [], [], METRICS['dead_units'].observe
+    monkeypatch.setattr(plasticity, 'Capture', Slowly)
+    monkeypatch.setattr(METRICS['dead_units'], 'observe', observe)
+    monitor = PlasticityMonitor('dead_units', interval=1, samples=8, source='train', budget='99%')
+    start = time.perf_counter()
+    run(tmp_path, monitor, n=32, batch_size=8)
+    took = time.perf_counter() - start
+    assert len(calls) > len(looks) >= 2
+    assert 0.002 * len(calls) + 0.05 * len(looks) <= monitor._budget._spent['dead_units'] < took
 
 
 def test_time_is_counted_where_a_metric_fails():

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import effective_rank
+from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._spectrum import gram
 
 SHAPES = [(40, 7), (7, 40), (16, 16), (300, 20), (20, 300), (64, 63)]
 
@@ -154,6 +155,19 @@ def test_empty_has_rank_zero(shape):
 def test_kernel_is_out_by_the_rest(shape):
     kernel = normal(*shape)
     assert effective_rank(kernel).item() == pytest.approx(numpy_erank(kernel.reshape(shape[0], -1)), rel=1e-5)
+
+
+@pytest.mark.parametrize('width', [1, 95, 96, 97, 193, 256, 257, 384, 500])
+@pytest.mark.parametrize('parts', [1, 3])
+def test_lower_triangle_of_any_width(width, parts):
+    matrix = normal(600, width)
+    total = None
+    for rows in matrix.chunk(parts):
+        total = gram(rows, 'columns', total)
+    whole = matrix.double().numpy()
+    assert total.dtype == torch.float64
+    np.testing.assert_allclose(np.tril(total.numpy()), np.tril(whole.T @ whole), rtol=1e-12, atol=1e-9)
+    assert effective_rank(matrix).item() == pytest.approx(numpy_erank(matrix), rel=1e-9)
 
 
 def test_inside_autocast():

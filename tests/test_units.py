@@ -8,12 +8,12 @@ import functools
 import pytest
 import pytorch_lightning as pl
 import torch
-from common import fit, last
+from common import fit, last, numpy_erank
 from torch import nn
 from torch.nn import functional as F
 from zoo import Seen
 
-from geowatch.utils.lightning_ext.callbacks.plasticity import PlasticityMonitor
+from geowatch.utils.lightning_ext.callbacks.plasticity import METRICS, PlasticityMonitor
 from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._activations import Capture
 from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._saturation import register_activation
 
@@ -28,6 +28,57 @@ def watch(model, batches, grad=False):
             with Capture(model, seen):
                 model(batch)
     return seen
+
+
+# --- the look at one output ------------------------------------------------------
+
+def outputs():
+    """ Axis of the units, and an output of the activation: shapes, strides and types. """
+    def normal(*shape):
+        return torch.randn(shape, generator=torch.Generator().manual_seed(0)).relu()
+
+    yield -1, normal(7, 12)
+    yield 1, normal(6, 12, 3, 5)
+    yield 1, normal(6, 12, 20, 20)
+    yield 1, normal(6, 12, 3, 5).to(memory_format=torch.channels_last)
+    yield 1, normal(40, 12, 20, 20)             # more than 4096 positions
+    yield 1, normal(40, 12, 20, 20).to(memory_format=torch.channels_last)
+    yield 1, normal(40, 12, 20, 20)[::2, :, ::2, 1:]
+    yield 0, normal(12, 30)
+    yield 2, normal(4, 9, 12, 11)
+    yield 2, normal(3, 2000, 12)
+    yield 1, normal(2, 12, 7, 4, 3).to(memory_format=torch.channels_last_3d)
+    yield 0, normal(12)
+    yield 1, normal(6, 12, 3, 5).to(torch.bfloat16)
+
+
+@pytest.mark.parametrize('axis, output', list(outputs()))
+@pytest.mark.parametrize('bad', [None, float('nan'), float('inf')])
+def test_any_layout(axis, output, bad):
+    output = output.clone(memory_format=torch.preserve_format)
+    columns = output.movedim(axis, -1)
+    columns[..., 2:5] = 0
+    if bad is not None:
+        columns[(0,) * (output.ndim - 1) + (3,)] = bad
+    metrics = {name: METRICS[name]() for name in ('dead_units', 'feature_erank')}
+    stats = {name: {} for name in metrics}
+    for name, metric in metrics.items():
+        for _ in range(2):
+            metric.observe(stats[name], 'site', output, axis, (0.,))
+    rows = columns.reshape(-1, columns.shape[-1])
+    dead = metrics['dead_units'].compute(stats['dead_units'])['dead_units']
+    # By hand: of three units that are 0 one has a sample that is not, if there is a bad number.
+    assert dead.columns['units'] == [12]
+    assert dead.value.item() == (rows == 0).all(0).double().mean().item()
+    result = metrics['feature_erank'].compute(stats['feature_erank'])['feature_erank']
+    chosen = rows[::-(-len(rows) // 4096)].double()
+    assert result.columns['rows'].tolist() == [2 * len(chosen)] and len(chosen) <= 4096
+    if bad is None:
+        assert result.value.item() == pytest.approx(numpy_erank(torch.cat([chosen, chosen])), rel=1e-6)
+        assert result.columns['nonfinite'].item() == 0
+    else:
+        assert result.value.isnan()
+        assert result.columns['nonfinite'].item() * chosen.numel() == pytest.approx(1)
 
 
 # --- ways of writing an activation ---------------------------------------------

@@ -428,7 +428,7 @@ class PlasticityMonitor(*_BASES):
         with self._guarding(*windows):
             capture = Capture(pl_module, observe, on_error=lambda ex: self._fail(windows))
             capture.__enter__()
-            self._capture = capture
+            self._capture, self._looking = capture, list(windows)
             for window in windows.values():
                 window.count(batch)
 
@@ -436,6 +436,8 @@ class PlasticityMonitor(*_BASES):
         if self._capture is not None:
             capture, self._capture = self._capture, None
             capture.__exit__(None, None, None)
+            if self._budget is not None:
+                self._budget.add(self._looking, capture.seconds)
 
     def _asked_windows(self, windows, epoch_ends):
         """ Those that may have seen enough; what others have seen of them is not known yet. """

@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import itertools
 import sys
+import time
 import weakref
 from collections import Counter
 from typing import NamedTuple
@@ -149,6 +150,7 @@ class Capture(TorchFunctionMode):
 
     Attributes:
         unseen (Dict[str, str]): module path to the fused function that ran
+        seconds (float): of our own work so far, without that of `observe`
 
     Example:
         >>> from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._activations import Capture
@@ -167,6 +169,7 @@ class Capture(TorchFunctionMode):
         self._observe = observe
         self._on_error = on_error
         self.unseen = {}
+        self.seconds = 0.
 
     # --- attach and detach -------------------------------------------------
 
@@ -187,6 +190,7 @@ class Capture(TorchFunctionMode):
         self._stack = []        # _Module for each module that runs now
         self._suspended = None  # the module that runs without us
         self._inside = 0        # registered activation modules that run now
+        self._at_work = False
         self._broken = False
         self._exit = contextlib.ExitStack()
         with contextlib.ExitStack() as exit:
@@ -212,19 +216,22 @@ class Capture(TorchFunctionMode):
             self._exit.close()
 
     def _guard(self, function, *args):
-        """ An error of ours never reaches the model. """
+        """ An error of ours never reaches the model, and our time is noted. """
         if self._broken:
             return
+        outermost, self._at_work = not self._at_work, True
+        start = time.perf_counter()
         try:
             function(*args)
         except Exception as ex:
-            self._fail(ex)
-
-    def _fail(self, error):
-        self._broken = True
-        if self._on_error is None:
-            raise error
-        self._on_error(error)
+            self._broken = True
+            if self._on_error is None:
+                raise
+            self._on_error(ex)
+        finally:
+            if outermost:
+                self._at_work = False
+                self.seconds += time.perf_counter() - start
 
     # --- the modules that run ----------------------------------------------
 
@@ -295,11 +302,8 @@ class Capture(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         output = func(*args, **kwargs) if kwargs else func(*args)
         # Activation checkpointing runs the forward again inside backward.
-        if not self._broken and _graph_task() == -1:
-            try:
-                self._follow(func, args, kwargs or {}, output)
-            except Exception as ex:
-                self._fail(ex)
+        if _graph_task() == -1:
+            self._guard(self._follow, func, args, kwargs or {}, output)
         return output
 
     # This runs for each call of a torch function: it has to be cheap.
@@ -413,13 +417,14 @@ class Capture(TorchFunctionMode):
         site = self._sites.get(key)
         if site is None:
             site = self._sites[key] = Site(*key, is_module=entered is not None and _is_leaf(entered))
-        device = output.device.type
+        device, start = output.device.type, time.perf_counter()
         with torch.no_grad(), _unseen():
             if torch.is_autocast_enabled(device):
                 with torch.autocast(device, enabled=False):
                     self._observe(site, output.detach(), axis, values)
             else:
                 self._observe(site, output.detach(), axis, values)
+        self.seconds -= time.perf_counter() - start
 
 
 def fused_modules(model):

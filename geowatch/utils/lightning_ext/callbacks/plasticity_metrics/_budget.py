@@ -71,9 +71,13 @@ class Budget:
         finally:
             self._settle()
             took = time.perf_counter() - start
-            for name in names:
-                self._spent[name] = self._spent.get(name, 0.) + (took - self._inside) / len(names)
+            self.add(names, took - self._inside)
             self._inside = outside + took
+
+    def add(self, names, seconds):
+        """ Note that the metrics have cost so much more, together. """
+        for name in names:
+            self._spent[name] = self._spent.get(name, 0.) + seconds / len(names)
 
     def count(self, names):
         """ Note that metrics have been measured once more. """
