@@ -198,10 +198,10 @@ def test_features_that_are_not_finite(tmp_path, source):
 def test_solver_that_fails(tmp_path, error, monkeypatch, capsys):
     solve = torch.linalg.eigvalsh
 
-    def fails_on_some(matrix):
+    def fails_on_some(matrix, UPLO):
         if matrix.shape[-1] == 12:
             raise error('it did not converge')
-        return solve(matrix)
+        return solve(matrix, UPLO=UPLO)
     monkeypatch.setattr(_spectrum.torch.linalg, 'eigvalsh', fails_on_some)
     _, trainer, lines, _ = fit(tmp_path, everything())
     assert trainer.global_step == 10
