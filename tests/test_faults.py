@@ -23,6 +23,7 @@ from pytorch_lightning.loggers import CSVLogger
 from torch.overrides import _get_current_function_mode
 from torch.utils.data import DataLoader
 
+from geowatch.utils.lightning_ext.callbacks import plasticity
 from geowatch.utils.lightning_ext.callbacks.plasticity import PlasticityMonitor
 from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import METRICS, _spectrum
 from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._sinks import JsonLines
@@ -212,6 +213,23 @@ def test_solver_that_fails(tmp_path, error, monkeypatch, capsys):
     else:  # whatever else may be wrong with it costs the metric
         assert not lines_of(lines, 'erank')
         assert capsys.readouterr().out.count('Traceback') == 2
+
+
+def test_a_transfer_that_fails(tmp_path, monkeypatch, capsys):
+    """ As where an error of a device shows only when its results are read. """
+    def fails_with_erank(results):
+        if 'erank' in results:
+            raise RuntimeError('the device has failed')
+        return to_host(results)
+    to_host = plasticity.to_host
+    monkeypatch.setattr(plasticity, 'to_host', fails_with_erank)
+    _, trainer, lines, _ = fit(tmp_path, PlasticityMonitor('weight_mag@1,erank@3,dead_units@epoch'))
+    assert trainer.global_step == 10
+    # What was to be moved together is off from then on.
+    assert [line['step'] for line in lines_of(lines, 'weight_mag')] == [0, 1]
+    assert not lines_of(lines, 'erank') and len(lines_of(lines, 'dead_units')) == 2
+    said = capsys.readouterr().out
+    assert said.count('RuntimeError: the device has failed') == 1 and 'erank failed and will not be measured any more' in said
 
 
 # --- the log folder ----------------------------------------------------------

@@ -483,7 +483,11 @@ class PlasticityMonitor(*_BASES):
                                     for tag, result in self._metrics[name].compute(own).items()})
         if not results:
             return
-        columns = to_host(results)
+        columns = {}
+        with self._guarding(*dict.fromkeys(name for name, _ in results.values())):
+            columns = to_host(results)
+        if not columns:
+            return
         step = trainer.fit_loop.epoch_loop._batches_that_stepped - behind
         now, epoch = time.time(), trainer.current_epoch
         rows = []
