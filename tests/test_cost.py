@@ -217,7 +217,7 @@ def test_a_step_that_is_not_logged_is_a_few_calls(tmp_path, metrics, kwargs, len
         assert {step.torch for step in quiet} == {0}
         assert monitor.steps[49].torch > 0 or kwargs['interval'] == 'epoch'
         counts |= {step.python for step in quiet}
-    # Of four hooks, with the calls that count them, whatever the number of layers.
+    # Of five hooks, with the calls that count them, whatever the number of layers.
     assert len(counts) == 1 and counts.pop() <= 50
 
 

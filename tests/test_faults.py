@@ -229,7 +229,8 @@ def test_a_transfer_that_fails(tmp_path, monkeypatch, capsys):
     assert [line['step'] for line in lines_of(lines, 'weight_mag')] == [0, 1]
     assert not lines_of(lines, 'erank') and len(lines_of(lines, 'dead_units')) == 2
     said = capsys.readouterr().out
-    assert said.count('RuntimeError: the device has failed') == 1 and 'erank failed and will not be measured any more' in said
+    assert said.count('RuntimeError: the device has failed') == 1
+    assert 'erank failed and will not be measured any more' in said
 
 
 # --- the log folder ----------------------------------------------------------

@@ -316,21 +316,17 @@ def growth(sizes=(10_000, 100_000, 1_000_000, 10_000_000, 100_000_000, 300_000_0
             'weight_mag': measure('weight_mag', weights),
             'grad_mag, grad_norm': measure('grad_mag', grads),
         })
-        functions = {
+        found[size].update(alternate({
             'Lightning grad_norm': lambda net=net: _grad_norm(net),
             'x.abs().mean() of each weight': lambda weights=weights: [x.abs().mean().item() for x in weights.values()],
             'histogram of each weight (as wandb.watch)': lambda weights=weights: [
                 x.flatten().histc(64).tolist() for x in weights.values()],
-        }
+        }))
         if width <= 1600:
-            functions['erank'] = measure('erank', weights)
-            functions['svdvals of each weight'] = lambda weights=weights: [
-                torch.linalg.svdvals(x) for x in weights.values()]
-        slow = {name: functions.pop(name) for name in ('erank', 'svdvals of each weight') if name in functions}
-        found[size].update(alternate(functions))
-        for name, function in slow.items():
-            if function is not None:
-                found[size].update(alternate({name: function}, repeats=7 if width < 1000 else 1))
+            found[size].update(alternate({
+                'erank': measure('erank', weights),
+                'svdvals of each weight': lambda weights=weights: [torch.linalg.svdvals(x) for x in weights.values()],
+            }, repeats=7 if width < 1000 else 1))
     return found
 
 

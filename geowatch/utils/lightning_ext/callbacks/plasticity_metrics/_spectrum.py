@@ -15,7 +15,6 @@ _CHUNK = 1 << 22
 _NARROW, _WIDE = 96, 192
 
 
-
 def gram(matrix, side, total=None):
     """
     Lower triangle of the Gram matrix of one side, in float64, whatever autocast is active.
