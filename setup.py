@@ -3,9 +3,10 @@ An overlay of the installed geowatch package: only files that the host lacks.
 """
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
+CALLBACKS = 'geowatch.utils.lightning_ext.callbacks'
 
 
 def requirements(name):
@@ -22,13 +23,9 @@ setup(
     license='Apache-2.0',
     python_requires='>=3.10',
     # Namespace packages throughout: an __init__.py of the host is the host's.
-    packages=[
-        'geowatch.cli.fit',
-        'geowatch.utils.lightning_ext.callbacks',
-        'geowatch.utils.lightning_ext.callbacks.plasticity_metrics',
-        'geowatch.utils.lightning_ext.callbacks.plasticity_report',
-    ],
-    package_data={'geowatch.utils.lightning_ext.callbacks.plasticity_report': ['page.html']},
+    packages=['geowatch.cli.fit', CALLBACKS, *(f'{CALLBACKS}.{name}' for name in find_packages(
+        CALLBACKS.replace('.', '/')))],
+    package_data={f'{CALLBACKS}.plasticity_report': ['page.html']},
     install_requires=requirements('runtime'),
     extras_require={name: requirements(name) for name in ('geowatch', 'report', 'tests', 'docs')},
 )

@@ -10,39 +10,22 @@ References:
     .. [Dohare2024] Dohare et al., "Loss of plasticity in deep continual
        learning", Nature 632, 768, 2024; arXiv 2306.13812, section 4.
 """
-from ._metric import Metric, Result, column, ratio_of_sums
-from ._sums import sums
+from ._registry import metric
+from ._words import Words
 
 
-class WeightMag(Metric):
+@metric(
+    needs=('weights.abs', 'weights.count'), network='sum', every='log', group='paper',
+    words=Words(
+        'Weight magnitude', 'mean absolute weight', grows=1.5,
+        why='The larger the weights, the less a step of the same size turns them, so that learning slows.'))
+def weight_mag(absolute, count):
     """
-    Mean absolute weight, of each layer and of the network [Dohare2024]_.
-
-    Logs ``weight_mag``.
+    Mean absolute weight [Dohare2024]_.
 
     Example:
-        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_metrics.weight_mag import WeightMag
-        >>> import torch
-        >>> metric = WeightMag()
-        >>> weights = {'a': torch.tensor([[1., -3.]]), 'b': torch.zeros(3, 2)}
-        >>> result = metric.compute(metric.statistics(weights))['weight_mag']
-        >>> float(result.value), result.names, result.columns['value'].tolist()
-        (0.5, ['a', 'b'], [2.0, 0.0])
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_metrics.weight_mag import weight_mag
+        >>> weight_mag(absolute=4., count=2.)  # of [[1, -3]]
+        2.0
     """
-    name = 'weight_mag'
-    tags = ('weight_mag',)
-    looks_at = 'weights'
-    dear = False
-
-    def __init__(self):
-        self._cache = {}
-
-    def statistics(self, tensors, scale=1.):
-        """ See :class:`Metric`; fields 'count', 'abs' and 'nonfinite'. """
-        return sums(tensors, self._cache)
-
-    def compute(self, stats):
-        """ See :class:`Metric`. """
-        total, count, bad = (column(stats, field) for field in ('abs', 'count', 'nonfinite'))
-        return {'weight_mag': Result(ratio_of_sums(total, count), list(stats),
-                                     {'value': total / count, 'nonfinite': bad})}
+    return absolute / count

@@ -7,7 +7,7 @@ import math
 
 from .scalars import find_scalar
 from .settings import compared_settings
-from .words import METRICS, describe, in_order
+from .words import describe, in_order
 
 
 @dataclasses.dataclass
@@ -155,7 +155,7 @@ class Table:
 
     def signs(self, i):
         """ The metrics of run i that moved far from where they began. """
-        return [name for name in METRICS if name in self.trends[i] and _is_sign(name, self.trends[i][name])]
+        return [name for name in in_order([self.runs[i]]) if _is_sign(name, self.trends[i][name])]
 
 
 def _is_sign(name, trend):
@@ -270,31 +270,27 @@ def _some(labels):
 
 
 def _worst_layer(run, name):
-    """ The layer that moved most, if there are several. """
-    words, moves = describe(name), []
-    first, last = run.metrics[name][0].layers, {}
+    """ The layer that is worst, if there are several: by the rule that TensorBoard's text has, too. """
+    words, starts, ends = describe(name), {}, {}
     for point in run.metrics[name]:
-        last.update({layer: value for layer, value in point.layers.items() if math.isfinite(value)})
-    for layer, start in first.items():
-        end = last.get(layer, math.nan)
-        if math.isfinite(start) and math.isfinite(end):
-            change = abs(end - start) if words.percent else abs(math.log((end or 1e-12) / start)) if start > 0 else 0
-            moves.append((change, layer, start, end))
-    if len(moves) < 2:
+        finite = {layer: value for layer, value in point.layers.items() if math.isfinite(value)}
+        starts = {**finite, **starts}
+        ends.update(finite)
+    if len(starts) < 2:
         return ''
-    _, layer, start, end = max(moves)
-    return f' (most in {layer}: {words.text(start)} -> {words.text(end)})'
+    layer = max(starts, key=lambda layer: words.badness(starts[layer], ends[layer]))
+    return f' (most in {layer}: {words.text(starts[layer])} -> {words.text(ends[layer])})'
 
 
 def _calm(table, labels, calm):
     moves = {}
     for i in calm:
         shown = [(name, t) for name, t in table.trends[i].items()
-                 if name in METRICS and describe(name).rule and t.word not in ('one point', 'no data')]
+                 if describe(name).rule and t.word not in ('one point', 'no data')]
         if shown:
             moves[labels[i]] = ', '.join(_moved(name, t) for name, t in shown)
     restless = {labels[i]: [describe(name).short for name, t in table.trends[i].items()
-                            if name in METRICS and t.word == 'up and down' and _ended_far(name, t)] for i in calm}
+                            if t.word == 'up and down' and _ended_far(name, t)] for i in calm}
     still = [label for label in moves if not restless[label]]
     findings = [Finding('calm', label, f'{" and ".join(restless[label])} went up and down, without a trend, and ended '
                         f'far from the start ({text}).') for label, text in moves.items() if restless[label]]

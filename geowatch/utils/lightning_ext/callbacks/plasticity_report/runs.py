@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 
 from .settings import read_settings
+from .words import learn
 
 MEASUREMENTS = 'plasticity.jsonl'
 # Parts of a path that say nothing about a run.
@@ -182,6 +183,8 @@ def _checked(row):
         raise TypeError
     if 'metric' not in row:
         return None
+    if isinstance(row.get('words'), dict):
+        learn(str(row['metric']), row['words'])
     epoch, samples = row.get('epoch'), row.get('samples')
     return {
         'metric': str(row['metric']), 'step': int(row['step']),

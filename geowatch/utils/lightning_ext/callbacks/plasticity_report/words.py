@@ -1,100 +1,41 @@
 """
-What the report says about each metric: its name, how to write it, what to look for.
+What the report says about each metric: its words come from the registry, those of a user's own from its run.
 """
 import dataclasses
-import math
+
+from ..plasticity_metrics import METRICS, Words, members
 
 CAVEAT = (
     'These numbers are correlates of a lost ability to learn, neither its cause nor a proof. Each run is compared '
     'with its own start, so that what is named here is worth a look, not a verdict: look at the loss beside it.')
+# The five panels of the picture of all: what the paper records.
+PANELS = tuple(name for name in members('paper') if METRICS[name].along is None)
+_LEARNED = {}  # words of metrics that runs have brought along
 
 
-@dataclasses.dataclass(frozen=True)
-class Words:
+def learn(metric, words):
     """
-    Attributes:
-        title (str): at the head of a picture
-        short (str): inside a sentence
-        about (str): one line that says what the number is
-        grows (float | None): worth a look when the end is so many times the start
-        shrinks (float | None): likewise, below one
-        rises (float | None): worth a look when the end is so much above the start
-        why (str): the reason
-        percent (bool): a fraction, written in percent
-        change_by_layer (bool): layers differ in size, so colour them by their change
+    Take words that stand beside the first line of a metric, so that a user's own is judged like ours.
+
+    Args:
+        metric (str): its name
+        words (dict): as in plasticity.jsonl; what is odd in it is left out
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_report.words import describe, learn
+        >>> learn('doctest', {'title': 'Mine', 'rises': 0.5, 'why': 3})
+        >>> describe('doctest').rule
+        'rises by 50 percentage points'
     """
-    title: str
-    short: str
-    about: str
-    grows: float = None
-    shrinks: float = None
-    rises: float = None
-    why: str = ''
-    percent: bool = False
-    change_by_layer: bool = True
-
-    def text(self, value):
-        """
-        Write a value.
-
-        Example:
-            >>> from geowatch.utils.lightning_ext.callbacks.plasticity_report.words import describe
-            >>> describe('dead_units').text(0.1934), describe('erank').text(58.96), describe('erank').text(None)
-            ('19 %', '59', 'n/a')
-        """
-        if value is None or math.isnan(value):
-            return 'n/a'
-        if self.percent:
-            percent = 100 * value
-            return f'{percent:.0f} %' if percent >= 9.95 or percent == int(percent) else f'{percent:.2g} %'
-        return f'{value:.0f}' if 1000 <= abs(value) < 1e6 else f'{value:.3g}'
-
-    def is_sign(self, start, end):
-        """
-        Has the value moved so far from its own start that it is worth a look?
-
-        Example:
-            >>> from geowatch.utils.lightning_ext.callbacks.plasticity_report.words import describe
-            >>> describe('dead_units').is_sign(0.01, 0.19), describe('erank').is_sign(59, 58)
-            (True, False)
-        """
-        return bool(self.grows and end >= self.grows * start > 0
-                    or self.shrinks and end <= self.shrinks * start
-                    or self.rises and end - start >= self.rises)
-
-    @property
-    def rule(self):
-        """ When a change is named, in words. """
-        rules = [f'grows to {self.grows:g} times its start' if self.grows else '',
-                 f'falls to {self.shrinks:g} of its start' if self.shrinks else '',
-                 f'rises by {self.rises * 100:g} percentage points' if self.rises else '']
-        return ' or '.join(filter(None, rules))
+    types = {field.name: field.type for field in dataclasses.fields(Words)}
+    kept = {key: x for key, x in words.items() if key in types and _fits(x, types[key])}
+    _LEARNED[metric] = Words(**{'title': metric, **kept})
 
 
-# In the order of the pictures: the five of the paper's figure, then what comes with them.
-METRICS = {
-    'weight_mag': Words(
-        'Weight magnitude', 'weight magnitude', 'mean absolute weight', grows=1.5,
-        why='The larger the weights, the less a step of the same size turns them, so that learning slows.'),
-    'grad_mag': Words(
-        'Gradient magnitude', 'gradient magnitude', 'mean absolute gradient, before clipping', grows=5, shrinks=0.1,
-        why='Growing gradients mean a step size near instability; vanishing ones mean that the network has '
-            'converged or can no longer learn, and the loss tells which.'),
-    'dead_units': Words(
-        'Dead units', 'dead units', 'fraction of units saturated on every sample', rises=0.05,
-        why='A unit that is saturated on every sample passes no gradient on, so that it no longer learns.',
-        percent=True, change_by_layer=False),
-    'erank': Words(
-        'Effective rank of weights', 'effective rank of weights',
-        'directions that the weights use, mean over layers', shrinks=0.8,
-        why='Weights that use fewer directions can represent less.'),
-    'feature_erank': Words(
-        'Effective rank of features', 'effective rank of features',
-        'dimensions that hidden features use, mean over layers', shrinks=0.8,
-        why='Features of fewer dimensions leave less to build something new from.'),
-    'grad_norm': Words('Gradient norm', 'gradient norm', 'L2 norm of all gradients, before clipping'),
-}
-PANELS = ('weight_mag', 'grad_mag', 'dead_units', 'erank', 'feature_erank')
+def _fits(x, kind):
+    if isinstance(x, bool) or kind is bool:
+        return kind is bool and isinstance(x, bool)
+    return isinstance(x, str) if kind is str else isinstance(x, (int, float))
 
 
 def describe(metric):
@@ -112,7 +53,7 @@ def describe(metric):
         >>> describe('erank').title, describe('my_metric').title
         ('Effective rank of weights', 'my_metric')
     """
-    return METRICS.get(metric) or Words(metric, metric, '')
+    return METRICS[metric].words if metric in METRICS else _LEARNED.get(metric) or Words(metric)
 
 
 def in_order(runs):

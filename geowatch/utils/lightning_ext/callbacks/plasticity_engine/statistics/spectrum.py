@@ -1,11 +1,9 @@
 """
-Effective rank from additive Gram matrices.
-
-References:
-    .. [Roy2007] Roy and Vetterli, "The effective rank: a measure of effective
-       dimensionality", EUSIPCO 2007.
+Additive Gram matrices, and the singular values that come of them.
 """
 import torch
+
+from ...plasticity_metrics._formulas import entropy_rank
 
 # Numbers that are held in float64 at once: 32 MB.
 _CHUNK = 1 << 22
@@ -34,7 +32,7 @@ def gram(matrix, side, total=None):
             the device has no float64 (MPS).
 
     Example:
-        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._spectrum import gram
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.statistics.spectrum import gram
         >>> import torch
         >>> gram(torch.tensor([[3., 0.], [0., 2.], [4., 0.]]), 'columns').tolist()
         [[25.0, 0.0], [0.0, 4.0]]
@@ -58,71 +56,64 @@ def gram(matrix, side, total=None):
     return total
 
 
-def smaller_side(matrix):
+def centred(gram_matrix, total, rows):
     """
-    Name the side of a matrix whose Gram matrix is the smaller one.
+    Gram matrix of the columns less their means.
 
     Args:
-        matrix (Tensor): of shape (n, m)
+        gram_matrix (Tensor): lower triangle of X^T X, float64, of shape (d, d)
+        total (Tensor): sum of each column, float64, of shape (d,)
+        rows (float | Tensor): of X
 
     Returns:
-        str: 'columns' or 'rows', for :func:`gram`.
+        Tensor: lower triangle of the centred one, of shape (d, d)
 
     Example:
-        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._spectrum import smaller_side
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.statistics.spectrum import centred, gram
         >>> import torch
-        >>> smaller_side(torch.empty(9, 2)), smaller_side(torch.empty(2, 9))
-        ('columns', 'rows')
+        >>> x = torch.tensor([[1., 0., 5.], [0., 1., 5.], [-1., 0., 5.], [0., -1., 5.]]).double()
+        >>> centred(gram(x, 'columns'), x.sum(0), rows=4).tril().tolist()
+        [[2.0, 0.0, 0.0], [0.0, 2.0, 0.0], [0.0, 0.0, 0.0]]
     """
-    return 'columns' if matrix.shape[0] >= matrix.shape[1] else 'rows'
+    return gram_matrix - torch.outer(total, total / rows)
 
 
-def entropy_rank(gram_matrix):
+def singular_values(gram_matrix):
     """
-    Effective rank of every matrix that has the given Gram matrix [Roy2007]_.
-
-    With singular values s and p = s / sum(s) it is exp(-sum(p log p)), where
-    0 log 0 = 0.
+    Singular values of every matrix that has the given Gram matrix.
 
     Args:
         gram_matrix (Tensor): float64, of shape (..., d, d); its lower
             triangle is read, as :func:`gram` makes it
 
     Returns:
-        Tensor: float64, of shape (...). 0 for a zero or empty matrix, nan
-            where an entry is not finite or the solver fails.
+        Tensor: float64, of shape (..., d), the smallest first; nan where an
+            entry is not finite or the solver fails
 
     Example:
-        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._spectrum import entropy_rank
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.statistics.spectrum import singular_values
         >>> import torch
-        >>> round(entropy_rank(torch.eye(4, dtype=torch.float64)).item(), 6)
-        4.0
-        >>> entropy_rank(torch.zeros(2, 3, 3, dtype=torch.float64)).tolist()
-        [0.0, 0.0]
+        >>> singular_values(torch.diag(torch.tensor([9., 0., 4.])).double()).tolist()
+        [0.0, 2.0, 3.0]
     """
     if gram_matrix.numel() == 0:
-        return gram_matrix.new_zeros(gram_matrix.shape[:-2])
-    finite = gram_matrix.isfinite().flatten(-2).all(-1)
+        return gram_matrix.new_zeros(gram_matrix.shape[:-1])
+    finite = gram_matrix.isfinite().flatten(-2).all(-1)[..., None]
     # LAPACK may hang or abort on a non-finite number: it never sees one.
-    safe = torch.where(finite[..., None, None], gram_matrix, 0.)
-    # A common factor does not change p, and keeps tiny and huge matrices
-    # inside the range where the solver is accurate.
-    scale = safe.diagonal(dim1=-2, dim2=-1).amax(-1)
-    safe = safe / torch.where(scale > 0, scale, 1.)[..., None, None]
+    safe = torch.where(finite[..., None], gram_matrix, 0.)
+    # Inside the range where the solver is accurate, however tiny or huge the matrix is.
+    scale = safe.diagonal(dim1=-2, dim2=-1).amax(-1, keepdim=True)
+    scale = torch.where(scale > 0, scale, 1.)
     try:
-        singular = torch.linalg.eigvalsh(safe, UPLO='L').clamp(min=0).sqrt()
+        values = torch.linalg.eigvalsh(safe / scale[..., None], UPLO='L')
     except torch.linalg.LinAlgError:
-        return torch.full_like(scale, torch.nan)
-    total = singular.sum(-1)
-    p = singular / torch.where(total > 0, total, 1.)[..., None]
-    rank = torch.special.entr(p).sum(-1).exp()
-    rank = torch.where(total > 0, rank, 0.)
-    return torch.where(finite, rank, torch.nan)
+        return torch.full_like(gram_matrix[..., 0], torch.nan)
+    return torch.where(finite, values.clamp(min=0).sqrt() * scale.sqrt(), torch.nan)
 
 
-def entropy_ranks(grams):
+def spectra(grams):
     """
-    Effective ranks of several matrices.
+    Singular values of several matrices.
 
     On a GPU, matrices of one size go to the solver in one batch; on a CPU one
     after the other is faster (8 of 128 x 128: 3.3 ms, against 5.4 in a batch).
@@ -131,24 +122,22 @@ def entropy_ranks(grams):
         grams (List[Tensor]): float64, each of shape (d, d) for some d
 
     Returns:
-        Tensor: float64, of shape (len(grams),)
+        List[Tensor]: float64, each of shape (d,)
 
     Example:
-        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._spectrum import entropy_ranks
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.statistics.spectrum import spectra
         >>> import torch
-        >>> [round(x, 6) for x in entropy_ranks([torch.eye(2).double(), torch.eye(3).double()]).tolist()]
-        [2.0, 3.0]
+        >>> [x.tolist() for x in spectra([torch.eye(2).double(), 4 * torch.eye(1).double()])]
+        [[1.0, 1.0], [2.0]]
     """
-    if not grams:
-        return torch.zeros(0, dtype=torch.float64)
-    if grams[0].device.type == 'cpu':
-        return torch.stack([entropy_rank(g) for g in grams])
-    ranks = [None] * len(grams)
+    if not grams or grams[0].device.type == 'cpu':
+        return [singular_values(g) for g in grams]
+    found = [None] * len(grams)
     for size in {g.shape[0] for g in grams}:
         where = [i for i, g in enumerate(grams) if g.shape[0] == size]
-        for i, rank in zip(where, entropy_rank(torch.stack([grams[i] for i in where])), strict=True):
-            ranks[i] = rank
-    return torch.stack(ranks)
+        for i, values in zip(where, singular_values(torch.stack([grams[i] for i in where])), strict=True):
+            found[i] = values
+    return found
 
 
 def effective_rank(matrix):
@@ -188,4 +177,5 @@ def effective_rank(matrix):
     if matrix.numel() == 0:
         return matrix.new_zeros((), dtype=torch.float64)
     matrix = matrix.detach().flatten(1)
-    return entropy_rank(gram(matrix, smaller_side(matrix)))
+    values = singular_values(gram(matrix, 'columns' if matrix.shape[0] >= matrix.shape[1] else 'rows'))
+    return values.new_tensor(entropy_rank(values.numpy(force=True)))

@@ -8,7 +8,7 @@ import time
 
 import torch
 
-from ._errors import PlasticityConfigError
+from ..plasticity_metrics._errors import PlasticityConfigError
 
 
 class Budget:
@@ -30,7 +30,7 @@ class Budget:
         PlasticityConfigError: if the share cannot be read or is not between 0 and 1
 
     Example:
-        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._budget import Budget
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.budget import Budget
         >>> budget = Budget('2%')
         >>> budget.share
         0.02
@@ -120,7 +120,7 @@ def fair_parts(budget, needs):
         Dict[str, float]: parts that add up to the budget
 
     Example:
-        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._budget import fair_parts
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.budget import fair_parts
         >>> fair_parts(6., {'dear': 100., 'cheap': 1., 'other': 3.})
         {'cheap': 1.0, 'other': 2.5, 'dear': 2.5}
         >>> fair_parts(6., {'a': 1., 'b': 3.})  # what is left is shared evenly

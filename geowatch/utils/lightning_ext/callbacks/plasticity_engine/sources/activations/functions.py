@@ -1,7 +1,8 @@
 """
-Which functions are activations, and at which outputs their units are dead.
+Which functions are activations, at which outputs their units are dead, and above which they are on.
 """
 import functools
+import math
 
 import torch
 from torch.overrides import handle_torch_function, has_torch_function
@@ -65,6 +66,27 @@ SATURATED_VALUES = {
 }
 
 
+
+def _softplus(input, beta=1., *args, **kwargs):
+    return math.log(2) / float(beta)
+
+
+def _threshold_level(input, threshold, *args, **kwargs):
+    return float(threshold)
+
+
+# The output above which the input is positive, where that is not 0.
+LEVELS = {
+    'sigmoid': 0.5,
+    'special_expit': 0.5,
+    'hardsigmoid': 0.5,
+    'softplus': _softplus,
+    'log_sigmoid': -math.log(2),
+    'logsigmoid': -math.log(2),
+    'threshold': _threshold_level,
+}
+
+
 def register_activation(function, saturated_values=()):
     """
     Make captures see an activation of your own.
@@ -87,7 +109,7 @@ def register_activation(function, saturated_values=()):
 
     Example:
         >>> from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import register_activation
-        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._activations import Capture
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.capture import Capture
         >>> import functools
         >>> import torch
         >>> @functools.partial(register_activation, saturated_values=(0.,))
@@ -140,9 +162,30 @@ def saturated_values(name, args=(), kwargs=None):
         Tuple[float, ...] | None: None if it is not an activation
 
     Example:
-        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._saturation import saturated_values
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.functions import saturated_values
         >>> saturated_values('elu', (None, 0.5)), saturated_values('prelu'), saturated_values('softmax')
         ((-0.5,), (), None)
     """
     values = SATURATED_VALUES.get(name)
     return values(*args, **(kwargs or {})) if callable(values) else values
+
+
+def level(name, args=(), kwargs=None):
+    """
+    Output above which the input of one call was positive.
+
+    Args:
+        name (str): of a function or module class
+        args (tuple): of the call
+        kwargs (dict | None): of the call
+
+    Returns:
+        float:
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.functions import level
+        >>> level('tanh'), level('sigmoid'), round(level('softplus', (None, 2.)), 3)
+        (0.0, 0.5, 0.347)
+    """
+    above = LEVELS.get(name, 0.)
+    return above(*args, **(kwargs or {})) if callable(above) else above

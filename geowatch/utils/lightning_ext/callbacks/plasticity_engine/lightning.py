@@ -6,14 +6,64 @@ other way to learn.
 """
 import math
 import sys
+from typing import NamedTuple
 
 import torch
 
 
+class Moment(NamedTuple):
+    """
+    Where a run is.
+
+    Attributes:
+        step (int): index of the optimizer step, from 0; -1 before the first
+        epoch (int): from 0
+        is_last (bool): whether the step is the last one of the epoch
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.lightning import Moment
+        >>> Moment(9, epoch=1, is_last=True)
+        Moment(step=9, epoch=1, is_last=True)
+    """
+    step: int
+    epoch: int
+    is_last: bool
+
+
+def step_of(trainer):
+    """ Index of the optimizer step that goes on, or that comes next. """
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def begins_step(trainer, batch_idx):
+    """ Whether the batch that begins is the first micro-batch of its step. """
+    return batch_idx % trainer.accumulate_grad_batches == 0
+
+
+def has_stepped(trainer):
+    """ Whether the batch that ends was the last micro-batch of its step. """
+    return not trainer.fit_loop.epoch_loop._should_accumulate()
+
+
+def begins_anew(trainer):
+    """ Whether the network is untrained, as far as this run knows. """
+    return not trainer.ckpt_path and step_of(trainer) == 0
+
+
+def batches_left(trainer, batch_idx, dataloader_idx=None):
+    """ How many batches there will be, this one included; inf where that is not known. """
+    if dataloader_idx is None:
+        return trainer.num_training_batches - batch_idx
+    batches = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
+    batches = list(batches)[dataloader_idx:] if isinstance(batches, (list, tuple)) else [batches]
+    return sum(batches) - batch_idx
+
+
 def resolve(interval, metric, trainer):
+    """ What 'auto' means for a metric. """
     if interval != 'auto':
         return interval
-    return 'epoch' if metric.dear or not trainer.log_every_n_steps else trainer.log_every_n_steps
+    return trainer.log_every_n_steps if metric.every == 'log' and trainer.log_every_n_steps else 'epoch'
 
 
 def is_last_step(trainer, batch_idx):

@@ -3,8 +3,8 @@ The message at fit start: what is watched, and what is not and why.
 """
 from collections import Counter
 
-from ._activations import fused_modules
-from ._weights import weights_of, why_not_a_weight
+from .sources.activations.modules import fused_modules
+from .sources.weights import weights_of, why_not_a_weight
 
 _SHOWN = 6  # reasons; a large model may have hundreds
 
@@ -26,24 +26,22 @@ def describe(model, metrics, schedules, wants, looks, reason):
 
     Example:
         >>> from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import METRICS
-        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._message import describe
-        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._schedule import Schedule
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.message import describe
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.schedule import Schedule
         >>> import torch
         >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1))
         >>> _ = model[1].requires_grad_(False)
-        >>> metrics, schedules = {'erank': METRICS['erank']()}, {'erank': Schedule('epoch')}
+        >>> metrics, schedules = {'erank': METRICS['erank']}, {'erank': Schedule('epoch')}
         >>> describe(model, metrics, schedules, lambda layer: True, '', None)
         'PlasticityMonitor: erank (every epoch); 1 weight. Not watched: 1 weight: frozen'
     """
     weights = weights_of(model)
     wanted = sum(map(wants, weights))
-    sees = any(metric.looks_at == 'activations' for metric in metrics.values())
+    sees = any(metric.sees_activations for metric in metrics.values())
     watched = ', '.join(f'{name} ({_every(schedule)})' for name, schedule in schedules.items())
     parts = [watched or 'nothing', _count(wanted), *([f'activations in {looks}'] if sees else [])]
     whys = Counter(why_not_a_weight(param) for param in model.parameters())
     without = [f'{_count(count)}: {why}' for why, count in whys.items() if why not in (None, 'biases and scales')]
-    without += [f'{name} of {layer}: {why}' for name, metric in metrics.items() if metric.looks_at == 'weights'
-                for layer, weight in weights.items() if (why := metric.why_not(weight))]
     if sees:
         without += [f'activations inside {path}: {why}' for path, why in fused_modules(model).items()]
     if reason:

@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 
-from ..plasticity_report.words import describe
+from ..plasticity_metrics import METRICS, Words
 
 # The host draws a picture for each scalar tag, so that layers go into other kinds of tags.
 LAYERS = 'plasticity_layers'
@@ -36,7 +36,7 @@ class Dashboard:
         tags (List[str]): what will be logged, under ``plasticity/``
 
     Example:
-        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._dashboard import Dashboard, WORST
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.dashboard import Dashboard, WORST
         >>> from pytorch_lightning.loggers import TensorBoardLogger
         >>> from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
         >>> import ubelt as ub
@@ -103,7 +103,7 @@ def is_tensorboard(logger):
     Is it the TensorBoardLogger of pytorch_lightning, of lightning, or of a class made of one?
 
     Example:
-        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._dashboard import is_tensorboard
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.dashboard import is_tensorboard
         >>> from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
         >>> is_tensorboard(TensorBoardLogger('.')), is_tensorboard(CSVLogger('.'))
         (True, False)
@@ -122,22 +122,19 @@ def layout(tags):
         Dict[str, dict]: for SummaryWriter.add_custom_scalars, which takes patterns of tags
 
     Example:
-        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._dashboard import layout
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.dashboard import layout
         >>> layout(['erank'])
         {'plasticity': {'Effective rank of weights': ['Multiline', ['^plasticity/erank$']]}}
     """
-    return {'plasticity': {describe(tag).title: ['Multiline', [f'^plasticity/{re.escape(tag)}$']] for tag in tags}}
+    return {'plasticity': {words_of(tag).title: ['Multiline', [f'^plasticity/{re.escape(tag)}$']] for tag in tags}}
 
 
-def worst(metric, starts, layers):
+def worst(words, starts, layers):
     """
-    The layers that are worst, that one first.
-
-    A fraction such as dead units speaks for itself. Of all else a layer is
-    compared with its own first value, since layers differ in size.
+    The layers that are worst, that one first, by the rule of the metric's words.
 
     Args:
-        metric (str): which one
+        words (Words): of the metric
         starts (Dict[str, float]): first finite value of each layer
         layers (Dict[str, float]): value of each layer now
 
@@ -145,28 +142,19 @@ def worst(metric, starts, layers):
         List[str]: their names
 
     Example:
-        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._dashboard import worst
-        >>> worst('erank', {'a': 50., 'b': 9., 'c': 8.}, {'a': 20., 'b': 8., 'c': 10.})
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.dashboard import worst
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import METRICS
+        >>> worst(METRICS['erank'].words, {'a': 50., 'b': 9., 'c': 8.}, {'a': 20., 'b': 8., 'c': 10.})
         ['a', 'b', 'c']
-        >>> worst('dead_units', {'a': .5, 'b': 0.}, {'a': .4, 'b': .3})
+        >>> worst(METRICS['dead_units'].words, {'a': .5, 'b': 0.}, {'a': .4, 'b': .3})
         ['a', 'b']
     """
-    words = describe(metric)
+    return sorted(layers, key=lambda name: words.badness(starts.get(name, math.nan), layers[name]), reverse=True)
 
-    def badness(name):
-        value, start = layers[name], starts.get(name, math.nan)
-        if not math.isfinite(value):
-            return math.inf
-        if words.percent:
-            return value
-        if not start > 0:
-            return 0.
-        change = math.log(max(value, 1e-12 * start) / start)
-        if words.shrinks and not words.grows:
-            return -change
-        return change if words.grows and not words.shrinks else abs(change)
 
-    return sorted(layers, key=badness, reverse=True)
+def words_of(metric):
+    """ Words (Words) of a metric by its name, also of one that is not registered any more. """
+    return METRICS[metric].words if metric in METRICS else Words(metric)
 
 
 def line_of(metric, starts, layers):
@@ -174,12 +162,12 @@ def line_of(metric, starts, layers):
     One line of the text.
 
     Example:
-        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._dashboard import line_of
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.dashboard import line_of
         >>> line_of('dead_units', {'act1': 0., 'act2': .02}, {'act1': 0., 'act2': .38})
         '| Dead units | `act2` 2 % → 38 %, `act1` 0 % → 0 % |'
     """
-    words = describe(metric)
-    named = worst(metric, starts, layers)[:MOST_NAMED]
+    words = words_of(metric)
+    named = worst(words, starts, layers)[:MOST_NAMED]
     moves = [f'`{name}` {words.text(starts.get(name))} \u2192 '
              f'{words.text(layers[name]) if math.isfinite(layers[name]) else "not finite"}' for name in named]
     return f'| {words.title} | {", ".join(moves)} |'

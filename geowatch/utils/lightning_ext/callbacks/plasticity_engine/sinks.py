@@ -1,5 +1,5 @@
 """
-Where results go: loggers, and a file with a line for each measurement.
+Where results go: loggers, what other callbacks watch, and a file with a line for each measurement.
 """
 import json
 import math
@@ -8,7 +8,12 @@ import warnings
 from functools import partial
 from pathlib import Path
 
-from ._dashboard import Dashboard, is_tensorboard
+import torch
+
+from .dashboard import Dashboard, is_tensorboard
+from .lightning import show_in_progress_bar
+
+FILE_NAME = 'plasticity.jsonl'
 
 
 def plain(number):
@@ -22,7 +27,7 @@ def plain(number):
         float | int | None: None for what is not finite
 
     Example:
-        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._sinks import plain
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sinks import plain
         >>> plain(float('nan')), plain(16.0), plain(0.5)
         (None, 16.0, 0.5)
     """
@@ -41,7 +46,7 @@ class JsonLines:
         fpath (str | PathLike):
 
     Example:
-        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._sinks import JsonLines
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sinks import JsonLines
         >>> import ubelt as ub
         >>> fpath = ub.Path.appdir('geowatch/tests/json_lines').delete() / 'a.jsonl'
         >>> JsonLines(fpath).add([{'step': 1}, {'step': 2}])
@@ -132,9 +137,11 @@ class Loggers:
     Args:
         loggers (List[Logger]): of Lightning
         tags (List[str]): what will be logged, for the dashboard of TensorBoard
+        more (List[Tuple[str, Callable]]): other writers, each with its name,
+            called with (scalars, step, rows)
 
     Example:
-        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._sinks import Loggers
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sinks import Loggers
         >>> from pytorch_lightning.loggers import CSVLogger
         >>> import ubelt as ub
         >>> logger = CSVLogger(ub.Path.appdir('geowatch/tests/loggers'))
@@ -143,10 +150,11 @@ class Loggers:
         4
     """
 
-    def __init__(self, loggers, tags=()):
+    def __init__(self, loggers, tags=(), more=()):
         self._writers = [(type(logger).__name__, partial(_log_scalars, logger)) for logger in loggers]
         self._writers += [(f'The dashboard of {type(logger).__name__}', Dashboard(logger, tags).log)
                           for logger in loggers if is_tensorboard(logger)]
+        self._writers += more
 
     def log(self, scalars, step, rows=()):
         """
@@ -167,3 +175,86 @@ class Loggers:
 
 def _log_scalars(logger, scalars, step, rows):
     logger.log_metrics(scalars, step=step)
+
+
+class Sinks:
+    """
+    All places where the results of a fit go.
+
+    Args:
+        trainer (Trainer):
+        log_dir (str | PathLike | None): for the file; None for no file
+        tags (List[str]): what will be logged, under ``plasticity/``
+        per_layer (bool): whether each layer has a tag
+        prog_bar (bool): whether the progress bar shows the values
+        beside (Callable | None): called with the folder of the file, to put
+            something beside its first lines
+
+    Attributes:
+        file (JsonLines | None): where lines go
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sinks import Sinks
+        >>> import pytorch_lightning as pl
+        >>> import ubelt as ub
+        >>> dpath = ub.Path.appdir('geowatch/tests/sinks').delete().ensuredir()
+        >>> trainer = pl.Trainer(logger=False, accelerator='cpu', default_root_dir=dpath)
+        >>> sinks = Sinks(trainer, dpath, ['erank'])
+        >>> sinks.write([{'metric': 'erank', 'step': 4, 'epoch': 0, 'time': 0., 'value': 3., 'layers': {}}])
+        >>> sinks.watched['plasticity/erank'].item(), len((dpath / 'plasticity.jsonl').read_text().splitlines())
+        (3.0, 1)
+    """
+
+    def __init__(self, trainer, log_dir, tags, per_layer=False, prog_bar=False, beside=None):
+        self.file = None if log_dir is None else JsonLines(Path(log_dir) / FILE_NAME)
+        self._trainer = trainer
+        self._loggers = Loggers(trainer.loggers, tags, [('The progress bar', self._show_in_bar)] if prog_bar else [])
+        self._per_layer = per_layer
+        self._beside = beside
+        self.watched = {}  # what other callbacks can watch, since Lightning forgets it after the sanity check
+
+    def write(self, rows, dashboard=True):
+        """
+        Hand out what was measured at one moment.
+
+        Args:
+            rows (List[dict]): lines of the file, nan where a value is not finite
+            dashboard (bool): whether TensorBoard shows them beyond their scalars
+        """
+        values = {row['metric']: row['value'] for row in rows}
+        self.watched.update({f'plasticity/{name}': torch.tensor(value) for name, value in values.items()})
+        self.show()
+        if not self._trainer.is_global_zero:
+            return
+        plain_rows = [{**row, 'value': plain(row['value']), 'layers': {
+            layer: {key: plain(x) for key, x in own.items()} for layer, own in row['layers'].items()}} for row in rows]
+        if self.file is not None:
+            self.file.add(plain_rows)
+            self._put_beside()
+        scalars = {f'plasticity/{name}': value for name, value in values.items()}
+        if self._per_layer:
+            scalars.update({f'plasticity_layers/{row["metric"]}/{layer}': own['value']
+                            for row in rows for layer, own in row['layers'].items()})
+        self._loggers.log(scalars, rows[0]['step'], plain_rows if dashboard else ())
+
+    def _show_in_bar(self, scalars, step, rows):
+        show_in_progress_bar(self._trainer, {row['metric']: scalars[f'plasticity/{row["metric"]}'] for row in rows})
+
+    def show(self):
+        """ Put what was measured last where other callbacks look. """
+        self._trainer.callback_metrics.update(self.watched)
+
+    def drop(self, is_stale):
+        """ Leave out lines of the file, see :meth:`JsonLines.drop`. """
+        if self._trainer.is_global_zero and self.file is not None:
+            self.file.drop(is_stale)
+
+    def _put_beside(self):
+        if self._beside is None:
+            return
+        beside, self._beside = self._beside, None
+        try:
+            beside(self.file.fpath.parent)
+        except OSError as ex:
+            warnings.warn(f'PlasticityMonitor: the script for the report could not be written ({ex}); training '
+                          'and logging go on', stacklevel=2)

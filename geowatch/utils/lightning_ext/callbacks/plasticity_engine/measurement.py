@@ -1,0 +1,222 @@
+"""
+From statistics to numbers: spectra on the device, one transfer to the host, formulas.
+
+Pure functions, which know neither a trainer nor other processes.
+"""
+import dataclasses
+import math
+
+import numpy as np
+import torch
+
+from ..plasticity_metrics._vocabulary import additive_fields
+from .lightning import Moment
+from .sources.activations.sites import Site, site_names
+from .statistics import Totals
+from .statistics.spectrum import centred, spectra
+
+# What tells the share of numbers that are not finite, by source.
+_OF_SHARE = {'activations': ('nonfinite', 'samples', 'units')}
+
+
+@dataclasses.dataclass
+class Reading:
+    """
+    What was collected for some metrics, until it is numbers.
+
+    Attributes:
+        metrics (List[str]): what it is for
+        moment (Moment): which the line will name
+        whole (Totals): statistics that are the same on all processes
+        parts (Totals): statistics of which each process has its part
+        window (Window | None): in which activations were seen
+        final (bool): whether it is measured as it is, if processes have seen
+            enough or not
+        examples (int | None): seen by all processes
+    """
+    metrics: list
+    moment: Moment
+    whole: Totals = dataclasses.field(default_factory=dict)
+    parts: Totals = dataclasses.field(default_factory=dict)
+    window: object = None
+    final: bool = True
+    examples: int | None = None
+
+    def has(self, metric):
+        """ Whether this process has seen anything of all that a Metric needs now. """
+        return all(self.whole.get(key) or self.parts.get(key) for key in additive_keys([metric], support=False))
+
+
+def additive_keys(metrics, support=True):
+    """
+    The additive statistics that some metrics need together.
+
+    Args:
+        metrics (Iterable[Metric]):
+        support (bool): whether to add what tells the share of numbers that
+            are not finite
+
+    Returns:
+        List[Tuple[str, str]]: source and field, each once
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.measurement import additive_keys
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import METRICS
+        >>> additive_keys([METRICS['erank'], METRICS['stable_rank']])
+        [('weights', 'gram'), ('weights', 'nonfinite'), ('weights', 'count')]
+    """
+    return list(dict.fromkeys((source, part) for source, field in needed_keys(metrics, support)
+                              for part in additive_fields(field)))
+
+
+def needed_keys(metrics, support=True):
+    """ The same with the fields that are made of others: what the formulas take. """
+    keys = [(need.source, need.field) for metric in metrics for need in metric.needs]
+    if support:
+        keys += [(source, field) for metric in metrics for source in metric.sources
+                 for field in _OF_SHARE.get(source, ('nonfinite', 'count'))]
+    return list(dict.fromkeys(keys))
+
+
+def derive(totals, keys, guard):
+    """
+    Make the fields that formulas take, and give sites their names.
+
+    Args:
+        totals (Totals): additive statistics, of all processes
+        keys (List[Tuple[str, str]]): source and field
+        guard (Callable): guard(source, field) is a context in which a failure stays
+
+    Returns:
+        Dict[Tuple[str, str], Dict[str, Tensor | float]]: of each layer
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.measurement import derive
+        >>> import contextlib
+        >>> import torch
+        >>> totals = {('weights', 'gram'): {'fc1': torch.diag(torch.tensor([4., 9.])).double()}}
+        >>> table = derive(totals, [('weights', 'spectrum')], lambda *args: contextlib.nullcontext())
+        >>> table['weights', 'spectrum']['fc1'].tolist()
+        [2.0, 3.0]
+    """
+    names = site_names(dict.fromkeys(site for own in totals.values() for site in own if isinstance(site, Site)))
+    tables = {}
+    for source, field in keys:
+        with guard(source, field):
+            if field == 'units':
+                own = {site: float(site.units) for site in names}
+            elif field == 'spectrum':
+                grams = totals.get((source, 'gram'), {})
+                own = dict(zip(grams, spectra(list(grams.values())), strict=True))
+            elif field == 'centred_spectrum':
+                grams, sums, rows = (totals.get((source, part), {}) for part in additive_fields(field))
+                own = dict(zip(grams, spectra([centred(grams[x], sums[x], rows[x]) for x in grams]), strict=True))
+            else:
+                own = totals.get((source, field), {})
+            tables[source, field] = {names.get(site, site): x for site, x in own.items()}
+    return tables
+
+
+def to_host(tables):
+    """
+    The one transfer from the device.
+
+    Args:
+        tables (List[Dict[Tuple[str, str], Dict[str, Tensor | float]]]):
+
+    Returns:
+        List[Dict[Tuple[str, str], Dict[str, ndarray | float]]]: the same, in float64
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.measurement import to_host
+        >>> import torch
+        >>> to_host([{('weights', 'abs'): {'a': torch.tensor(2), 'b': 3.}, ('weights', 'x'): {'a': torch.ones(2)}}])
+        [{('weights', 'abs'): {'a': 2.0, 'b': 3.0}, ('weights', 'x'): {'a': array([1., 1.])}}]
+    """
+    tensors = [x for table in tables for own in table.values() for x in own.values() if isinstance(x, torch.Tensor)]
+    # Some are on the CPU where a device has no float64.
+    if len({x.device for x in tensors}) > 1:
+        tensors = [x.cpu() for x in tensors]
+    numbers = torch.cat([x.reshape(-1).double() for x in tensors]).numpy(force=True) if tensors else np.zeros(0)
+    place = 0
+
+    def of(x):
+        nonlocal place
+        if not isinstance(x, torch.Tensor):
+            return x
+        start, place = place, place + x.numel()
+        # A copy, so that what is kept of a few numbers does not keep all.
+        return float(numbers[start]) if x.ndim == 0 else numbers[start:place].reshape(x.shape).copy()
+
+    return [{key: {layer: of(x) for layer, x in own.items()} for key, own in table.items()} for table in tables]
+
+
+def evaluate(metric, numbers, before=None):
+    """
+    The values of one metric.
+
+    A layer with numbers that are not finite has no value, but the share of
+    them; it is left out of the network's value.
+
+    Args:
+        metric (Metric):
+        numbers (Dict[Tuple[str, str], Dict[str, ndarray | float]]): of all layers, by source and field
+        before (Dict[Tuple[str, str], Dict[str, ndarray | float]] | None): the same at the last measurement
+
+    Returns:
+        Tuple[float, Dict[str, Dict[str, float]]]: of the network, and the columns of each layer
+
+    Raises:
+        ValueError: if the formula does not return what it should
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.measurement import evaluate
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import METRICS
+        >>> numbers = {('weights', 'abs'): {'a': 4., 'b': 0.}, ('weights', 'count'): {'a': 2., 'b': 6.}}
+        >>> evaluate(METRICS['weight_mag'], numbers)
+        (0.5, {'a': {'value': 2.0}, 'b': {'value': 0.0}})
+    """
+    tables = [((before or {}) if need.before else numbers).get((need.source, need.field), {}) for need in metric.needs]
+    names = [name for name in tables[0] if all(name in table for table in tables)]
+    layers, finite = {}, []
+    with np.errstate(all='ignore'):
+        for name in names:
+            columns = _checked(metric, metric.formula(*(table[name] for table in tables)))
+            share = max(_nonfinite_share(numbers, source, name) for source in metric.sources)
+            if share:
+                columns['value'] = math.nan
+            if metric.network == 'units':
+                columns['units'] = int(numbers['activations', 'units'][name])
+            if share:
+                columns['nonfinite'] = share
+            elif all(np.isfinite(table[name]).all() for table in tables):
+                finite.append(name)
+            layers[name] = columns
+        if metric.network == 'sum':
+            if not finite:
+                return math.nan, layers
+            sums = [sum(table[name] for name in finite) for table in tables]
+            return _checked(metric, metric.formula(*sums))['value'], layers
+    weights = {name: layers[name].get('units', 1.) for name in finite if math.isfinite(layers[name]['value'])}
+    total = sum(weights.values())
+    return (sum(layers[name]['value'] * weight for name, weight in weights.items()) / total if total else math.nan,
+            layers)
+
+
+def _nonfinite_share(numbers, source, name):
+    tables = [numbers.get((source, field), {}) for field in _OF_SHARE.get(source, ('nonfinite', 'count'))]
+    bad, *sizes = (table.get(name, 0.) for table in tables)
+    return bad / math.prod(sizes) if bad else 0.
+
+
+def _checked(metric, returned):
+    """ The columns of a layer, or an error that says what a formula should return. """
+    columns = dict(returned) if isinstance(returned, dict) else {'value': returned}
+    if 'value' not in columns:
+        raise ValueError(f"Expected the formula of {metric.name!r} to return 'value' among its columns, "
+                         f'but got {returned!r}')
+    for key, x in columns.items():
+        if np.ndim(x) or not isinstance(x, (int, float, np.number, np.bool_)):
+            raise ValueError(f'Expected the formula of {metric.name!r} to return a number for {key!r}, but got {x!r}')
+        columns[key] = float(x)
+    return columns

@@ -1,0 +1,3 @@
+"""
+Where tensors come from: weights, gradients, updates, pieces of a gradient, calls of activation functions.
+"""

@@ -1,0 +1,138 @@
+"""
+The look at a run's forward passes: a capture while a batch runs, for all windows that want more.
+"""
+import math
+
+from ..weights import clean_name
+from .capture import Capture
+from .window import Window
+
+
+class Looks:
+    """
+    All windows that are open, and the capture that fills them.
+
+    Args:
+        samples (int): examples per measurement
+        processes (int): how many train together
+        wants (Callable[[str], bool]): of the path of a layer
+        faults (Faults): where failures stay
+        needing (Callable): needing(metrics, fields): those of the metrics that need any of some additive fields
+
+    Attributes:
+        windows (List[Window]): the same on all processes
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.faults import Faults
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.looks import Looks
+        >>> import torch
+        >>> looks = Looks(2000, 1, lambda layer: True, Faults(), lambda metrics, fields: metrics)
+        >>> looks.open(['dead_units'], ['away'])
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU())
+        >>> looks.look(model, torch.ones(5, 3))
+        >>> _ = model(torch.ones(5, 3))
+        >>> looks.look_away()
+        >>> looks.windows[0].examples, [site.module for site in looks.windows[0].totals()['activations', 'away']]
+        (5, ['1'])
+    """
+
+    def __init__(self, samples, processes, wants, faults, needing):
+        self.windows = []
+        self._samples = samples
+        self._processes = processes
+        self._wants = wants
+        self._faults = faults
+        self._needing = needing
+        self._capture = None
+        self._looking = []
+
+    def open(self, metrics, fields, start=False):
+        """
+        Open one window for all metrics that are due.
+
+        Args:
+            metrics (List[str]): none is open already, but for the start
+            fields (Collection[str]): additive ones that they need
+            start (bool): it is of the network before its first step
+        """
+        if metrics:
+            self.windows.append(Window(
+                metrics, fields, self._samples, self._processes, start,
+                on_error=lambda failed: self._faults.fail(self._needing(metrics, failed))))
+
+    def look(self, model, batch, left=math.inf):
+        """
+        Watch the next forward pass, if there is a window that wants more.
+
+        Args:
+            model (torch.nn.Module):
+            batch (Any): that comes next
+            left (float): how many batches there will be, this one included
+        """
+        self.look_away()  # where a hook of the model has ended the last batch before its end
+        looking = [window for window in self.windows if not window.is_full and self._alive(window)]
+        if not looking:
+            return
+        names = [name for window in looking for name in window.metrics]
+
+        def observe(site, *call):
+            if self._wants(site.layer) or self._wants(site.module):
+                for window in looking:
+                    if self._alive(window):
+                        with self._faults.spending(window.metrics):
+                            window.add(site, *call)
+
+        with self._faults.guard(names):
+            for window in looking:
+                window.begin_batch(batch, left)
+            capture = Capture(model, observe, on_error=lambda ex: self._faults.fail(names))
+            capture.__enter__()
+            self._capture, self._looking = capture, looking
+
+    def look_away(self):
+        """ Stop watching, and leave nothing behind. """
+        if self._capture is None:
+            return
+        capture, self._capture = self._capture, None
+        capture.__exit__(None, None, None)
+        names = [name for window in self._looking for name in window.metrics]
+        self._faults.spent(names, capture.seconds)
+        with self._faults.guard(names):
+            for window in self._looking:
+                window.end_batch()
+        self._looking = []
+
+    def next_batch(self):
+        """ Note that a batch went by, seen or not. """
+        for window in self.windows:
+            window.batches += 1
+
+    def asked(self):
+        """
+        The windows that may have seen enough; what other processes have seen of them is not known yet.
+
+        Returns:
+            List[Window]: the same on all processes
+        """
+        if self._processes == 1:
+            return [window for window in self.windows if window.is_full]
+        return [window for window in self.windows if window.poll.is_due(window.batches)]
+
+    def close(self, window):
+        """ Note that a window has been measured. """
+        self.windows.remove(window)
+
+    def drop(self, name):
+        """ Forget a metric. """
+        for window in list(self.windows):
+            window.metrics = [other for other in window.metrics if other != name]
+            if not window.metrics:
+                self.windows.remove(window)
+
+    def _alive(self, window):
+        return any(name not in self._faults.failed for name in window.metrics)
+
+
+def layer_paths(model):
+    """ Names of all modules, as patterns of layers see them. """
+    return [clean_name(name) for name, _ in model.named_modules()]

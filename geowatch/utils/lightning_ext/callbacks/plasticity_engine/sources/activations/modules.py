@@ -1,0 +1,185 @@
+"""
+Which modules of a model run.
+
+Two global hooks of torch follow them, so that nothing is attached to the model.
+"""
+import contextlib
+from typing import NamedTuple
+
+from torch import nn
+from torch.nn.modules import module as torch_module
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+
+from ..weights import clean_name
+from .functions import SATURATED_VALUES
+
+# Modules and functions that compute activations inside one kernel.
+FUSED_MODULES = (nn.RNNBase, nn.RNNCellBase)
+FUSED_FUNCTIONS = {'lstm', 'gru', 'rnn_tanh', 'rnn_relu', 'lstm_cell', 'gru_cell', 'rnn_tanh_cell',
+                   'rnn_relu_cell', 'scaled_dot_product_attention', 'multi_head_attention_forward'}
+# In eval they may take a fast path, which any mode or hook would switch off.
+_FAST_PATHS = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
+
+
+class Running(NamedTuple):
+    """
+    A module of the model, while it runs.
+
+    Attributes:
+        module (nn.Module):
+        path (str): its name in the model
+        activation (str | None): its class, where that is registered as an activation
+        may_be_fast (bool): whether it may take a fast path
+    """
+    module: nn.Module
+    path: str
+    activation: str | None
+    may_be_fast: bool
+
+    @property
+    def is_leaf(self):
+        """ Whether it goes by its path alone: nn.ReLU, or a user's own without layers. """
+        return bool(self.path) and not self.module._modules and all(
+            param is None or param.ndim < 2 for param in self.module._parameters.values())
+
+
+class Modules:
+    """
+    The modules of a model, as a stack of those that run now.
+
+    Args:
+        model (nn.Module): whose names they have
+
+    Attributes:
+        inside (int): registered activation modules that run now
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.modules import Modules
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Sequential(torch.nn.ReLU()))
+        >>> modules, paths = Modules(model), []
+        >>> with modules.followed(lambda module, args: paths.append(modules.enter(module).path),
+        >>>                       lambda module, args, *rest: list(modules.leave(module))):
+        >>>     _ = model(torch.ones(1, 2))
+        >>> paths, modules.path
+        (['', '0', '1', '1.0'], '')
+    """
+
+    def __init__(self, model):
+        self._paths = {id(module): clean_name(path) for path, module in model.named_modules()}
+        self._known = {}  # id to Running, of those that have run
+        self._stack = []
+        self.inside = 0
+
+    @contextlib.contextmanager
+    def followed(self, entering, leaving):
+        """
+        Call two functions whenever any module runs, with the arguments of torch's global hooks.
+
+        Args:
+            entering (Callable):
+            leaving (Callable):
+        """
+        with contextlib.ExitStack() as exit:
+            exit.callback(register_module_forward_pre_hook(entering).remove)
+            handle = register_module_forward_hook(leaving, with_kwargs=True, always_call=True)
+            # Of a hook with kwargs, torch leaves an entry behind.
+            exit.callback(getattr(torch_module, '_global_forward_hooks_with_kwargs', {}).pop, handle.id, None)
+            exit.callback(handle.remove)
+            yield
+
+    @property
+    def top(self):
+        """ The innermost that runs, or None. """
+        return self._stack[-1] if self._stack else None
+
+    @property
+    def path(self):
+        """ Its path, or ''. """
+        return self._stack[-1].path if self._stack else ''
+
+    def enter(self, module):
+        """
+        Note that a module begins.
+
+        Args:
+            module (nn.Module):
+
+        Returns:
+            Running | None: None if it is not of the model
+        """
+        running = self._known.get(id(module)) or self._look_up(module)
+        if running is not None:
+            self.push(running)
+        return running
+
+    def _look_up(self, module):
+        path = self._paths.get(id(module))
+        if path is None:
+            return None
+        name = type(module).__name__
+        running = self._known[id(module)] = Running(
+            module, path, name if name in SATURATED_VALUES else None, isinstance(module, _FAST_PATHS))
+        return running
+
+    def leave(self, module):
+        """
+        Note that a module ends.
+
+        Args:
+            module (nn.Module):
+
+        Yields:
+            Running: those that end; an exception may have left more than one
+        """
+        if not self._stack or self._stack[-1].module is not module and not any(
+                running.module is module for running in self._stack):
+            return
+        running = None
+        while running is None or running.module is not module:
+            running = self.pop()
+            yield running
+
+    def push(self, running):
+        """ Note that a Running begins. """
+        self._stack.append(running)
+        self.inside += running.activation is not None
+
+    def pop(self):
+        """ Note that the innermost ends; it is returned. """
+        running = self._stack.pop()
+        self.inside -= running.activation is not None
+        return running
+
+    def clear(self):
+        """ Forget the model. """
+        self._paths.clear()
+        self._known.clear()
+        self._stack.clear()
+        self.inside = 0
+
+
+def fused_modules(model):
+    """
+    Modules whose activations are computed inside one kernel.
+
+    Args:
+        model (torch.nn.Module):
+
+    Returns:
+        Dict[str, str]: module path to the reason
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.modules import (
+        >>>     fused_modules)
+        >>> import torch
+        >>> fused_modules(torch.nn.ModuleDict({'rnn': torch.nn.LSTM(2, 3)}))
+        {'rnn': 'LSTM is one fused kernel'}
+    """
+    found = {}
+    for path, module in model.named_modules():
+        if isinstance(module, FUSED_MODULES):
+            found[clean_name(path)] = f'{type(module).__name__} is one fused kernel'
+        elif isinstance(module, nn.MultiheadAttention):
+            found[clean_name(path)] = 'scaled_dot_product_attention is one fused kernel'
+    return found

@@ -1,0 +1,139 @@
+"""
+What has been seen of the activations for some metrics, until it is enough.
+"""
+import math
+
+from ...schedule import Poll
+from ...statistics.calls import Call, makers_of
+
+
+class Window:
+    """
+    A measurement of activations that spans as many batches as it needs.
+
+    Args:
+        metrics (List[str]): what it is for
+        fields (Collection[str]): additive ones of the source 'activations'
+        samples (int): examples that all processes together have to see
+        processes (int): how many there are
+        start (bool): it is of the network before its first step
+        on_error (Callable | None): called with the fields that have failed and
+            are not made any more; by default an error is raised
+
+    Attributes:
+        examples (int): seen so far
+        batches (int): that went by, seen or not: the same on all processes
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.window import Window
+        >>> import torch
+        >>> window = Window(['dead_units'], ['away'], samples=10)
+        >>> window.begin_batch({'image': [1, 2, 3, 4, 5, 6]})
+        >>> window.add('fc1', torch.tensor([[0., 1.], [0., 0.]]), 1, (0.,))
+        >>> window.end_batch()
+        >>> window.examples, window.is_full, window.totals()['activations', 'away']['fc1'].tolist()
+        (6, False, [[0.0, 1.0]])
+    """
+
+    def __init__(self, metrics, fields, samples, processes=1, start=False, on_error=None):
+        self.metrics = metrics
+        self.start = start
+        self.wanted = math.ceil(samples / processes)
+        self.examples = self.batches = 0
+        self.poll = Poll()
+        # The paper's 2000 rows, and enough for the rank of a wide layer.
+        self._makers = makers_of(fields, lambda units: math.ceil(max(samples, 8 * units) / processes))
+        self._on_error = on_error
+        self._sites = {}
+        self._expected = None
+
+    @property
+    def is_full(self):
+        """ Whether this process has seen enough. """
+        return self.examples >= self.wanted
+
+    def begin_batch(self, batch, left=math.inf):
+        """
+        Note that another batch is looked at.
+
+        Args:
+            batch (Any):
+            left (float): how many batches there will be, this one included, as far as that is known
+        """
+        examples = count_examples(batch)
+        if self._expected is None:
+            self._expected = max(min(self.wanted, left * examples), examples, 1)
+        self.examples += examples
+        self._each('begin_batch', examples / self._expected)
+
+    def add(self, site, output, axis, values, level=0.):
+        """
+        Add one call of an activation function.
+
+        Args:
+            site (Hashable):
+            output (Tensor):
+            axis (int): of the units
+            values (Tuple[float, ...]): outputs at which a unit is dead
+            level (float): the output above which the input is positive
+        """
+        self._each('add', self._sites.setdefault(site, {}), Call(site, output, axis, values, level))
+
+    def end_batch(self):
+        """ Note that the batch is over. """
+        self._each('end_batch')
+
+    def totals(self):
+        """
+        Returns:
+            Totals: what has been seen so far
+        """
+        self._each('finish')
+        totals = {}
+        for maker in self._makers:
+            for field in maker.fields:
+                own = {site: fields[field] for site, fields in self._sites.items() if field in fields}
+                if own:
+                    totals['activations', field] = own
+        return totals
+
+    def _each(self, method, *args):
+        for maker in list(self._makers):
+            try:
+                getattr(maker, method)(*args)
+            except Exception:
+                if self._on_error is None:
+                    raise
+                self._makers.remove(maker)
+                self._on_error(maker.fields)
+
+
+def count_examples(batch):
+    """
+    Examples in a batch: a list of items as in geowatch, where an item may be
+    None, or tensors in any nesting.
+
+    Args:
+        batch (Any):
+
+    Returns:
+        int:
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.window import (
+        >>>     count_examples)
+        >>> import torch
+        >>> count_examples([{'frames': []}, None, {'frames': []}]), count_examples((torch.ones(5, 2), [1] * 5))
+        (2, 5)
+    """
+    shape = getattr(batch, 'shape', None)
+    if shape is not None:
+        return shape[0] if len(shape) else 1
+    if isinstance(batch, dict):
+        return max(map(count_examples, batch.values()), default=0)
+    if isinstance(batch, (list, tuple)):
+        # One item an example, or one entry an input?
+        if all(item is None or not hasattr(item, 'shape') and not isinstance(item, (list, tuple)) for item in batch):
+            return sum(item is not None for item in batch)
+        return max(map(count_examples, batch), default=0)
+    return int(batch is not None)

@@ -1,0 +1,110 @@
+"""
+The words in which a metric names what it needs: sources and their fields.
+
+No torch in here: metrics are formulas, and the report reads their words
+without it. ``plasticity_engine/statistics`` makes what is listed.
+"""
+from typing import NamedTuple
+
+from ._errors import PlasticityConfigError
+
+_TENSORS = {
+    'count': 'how many numbers',
+    'abs': 'sum of absolute values',
+    'squares': 'sum of squares',
+    'nonfinite': 'how many numbers are not finite',
+    'spectrum': 'singular values of the matrix (out, in * kh * kw), shape (smaller side,), the smallest first',
+}
+SOURCES = {
+    'weights': _TENSORS,
+    'gradients': _TENSORS,
+    'updates': {
+        'count': 'how many numbers of a weight',
+        'squares': 'sum of squares of the weight after the step less the weight before',
+        'before_squares': 'sum of squares of the weight before the step',
+        'nonfinite': 'how many of the differences are not finite',
+    },
+    'pieces': {
+        'count': 'how many pieces the gradient has, over micro-batches and processes',
+        'squares': 'sum over the pieces of their sums of squares; the pieces add up to the gradient',
+        'nonfinite': 'how many numbers of the pieces are not finite',
+    },
+    'activations': {
+        'away': 'calls in which a unit had a sample away from a saturated value, shape (values, units)',
+        'positive': 'samples with a positive input, shape (units,)',
+        'samples': 'samples of each unit: examples, tokens, pixels',
+        'nonfinite': 'how many numbers are not finite',
+        'units': 'how many units',
+        'rows': 'rows of the feature matrix: the rank cannot exceed it',
+        'spectrum': 'singular values of the feature matrix (rows, units), shape (units,), the smallest first',
+        'centred_spectrum': 'the same, after the mean of each column is subtracted',
+    },
+}
+# Fields that are computed of additive ones, after all processes have been added up.
+MADE_OF = {
+    'spectrum': ('gram',),
+    'centred_spectrum': ('gram', 'sum', 'rows'),
+    'units': (),
+}
+# Fields whose shape depends on the layer, so that they cannot be summed over layers.
+OF_A_LAYER = {'spectrum', 'centred_spectrum', 'away', 'positive'}
+
+
+class Need(NamedTuple):
+    """
+    One statistic that a metric needs.
+
+    Attributes:
+        source (str): a key of SOURCES
+        field (str): a key of the source
+        before (bool): the same at the metric's last measurement
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._vocabulary import Need
+        >>> Need.parse('before.weights.abs')
+        Need(source='weights', field='abs', before=True)
+    """
+    source: str
+    field: str
+    before: bool = False
+
+    @classmethod
+    def parse(cls, text):
+        """
+        Args:
+            text (str): 'source.field', with 'before.' in front of it for the last measurement
+
+        Returns:
+            Need:
+
+        Raises:
+            PlasticityConfigError: if there is no such source or field
+        """
+        if not isinstance(text, str):
+            raise PlasticityConfigError(f"Expected a need such as 'weights.abs', but got {text!r}")
+        source, _, field = text.removeprefix('before.').partition('.')
+        if source not in SOURCES:
+            raise PlasticityConfigError(f'Unknown source in the need {text!r}. Expected one of: {", ".join(SOURCES)}')
+        if field not in SOURCES[source]:
+            raise PlasticityConfigError(
+                f'Unknown field in the need {text!r}. Expected one of: '
+                f'{", ".join(f"{source}.{known}" for known in SOURCES[source])}')
+        return cls(source, field, text.startswith('before.'))
+
+
+def additive_fields(field):
+    """
+    The additive fields of which a field is made.
+
+    Args:
+        field (str): of any source
+
+    Returns:
+        Tuple[str, ...]: itself, if it is additive
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._vocabulary import additive_fields
+        >>> additive_fields('centred_spectrum'), additive_fields('abs')
+        (('gram', 'sum', 'rows'), ('abs',))
+    """
+    return MADE_OF.get(field, (field,))
