@@ -1,6 +1,7 @@
 """
 What several tests share: a small network, a run of it, and independent values.
 """
+import contextlib
 import copy
 import json
 import warnings
@@ -12,7 +13,28 @@ import torch
 from pytorch_lightning.loggers.logger import Logger
 from torch.utils.data import DataLoader
 
-TAGS = ('weight_mag', 'grad_mag', 'grad_norm', 'dead_units', 'erank', 'feature_erank')
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine.measurement import (
+    additive_keys,
+    derive,
+    evaluate,
+    needed_keys,
+    to_host,
+)
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.window import Window
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine.statistics.tensors import functions_of
+from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import METRICS, members
+
+TAGS = tuple(members('paper'))
+
+
+def of_source(*sources):
+    """ The registered metrics that need one of some sources. """
+    return tuple(name for name, metric in METRICS.items() if set(metric.sources) & set(sources))
+
+
+ACTIVATIONS = of_source('activations')
+# What is measured before the first step too.
+AT_START = of_source('weights', 'activations')
 
 
 class Layers:
@@ -73,9 +95,10 @@ class Recorder(Logger):
     def log_metrics(self, metrics, step=None):
         self.calls.append((step, dict(metrics)))
 
-    def table(self):
-        """ All that was logged, as sorted (step, key, value). """
-        return sorted((step, key, float(value)) for step, metrics in self.calls for key, value in metrics.items())
+    def table(self, start=False):
+        """ All that was logged, as sorted (step, key, value); that of the untrained network only if asked for. """
+        return sorted((step, key, float(value)) for step, metrics in self.calls for key, value in metrics.items()
+                      if start or step >= 0)
 
 
 def make_data(n=37):
@@ -104,15 +127,16 @@ def fit(tmp_path, monitor, net=None, validate=True, n=37, batch_size=8, package=
     return net, trainer, read_lines(trainer), data
 
 
-def read_lines(trainer):
-    """ The lines of plasticity.jsonl, as strict JSON, which knows no NaN. """
+def read_lines(trainer, start=False):
+    """ The lines of plasticity.jsonl, as strict JSON, which knows no NaN; of the untrained network only if asked. """
     if trainer.log_dir is None or not (fpath := Path(trainer.log_dir) / 'plasticity.jsonl').exists():
         return []
 
     def refuse(text):
         raise ValueError(f'{text} is not JSON')
 
-    return [json.loads(line, parse_constant=refuse) for line in fpath.read_text().splitlines()]
+    lines = [json.loads(line, parse_constant=refuse) for line in fpath.read_text().splitlines()]
+    return [line for line in lines if start or line['step'] >= 0]
 
 
 def lines_of(lines, metric):
@@ -121,6 +145,36 @@ def lines_of(lines, metric):
 
 def last(lines, metric):
     return lines_of(lines, metric)[-1]
+
+
+# --- one metric of raw tensors, without a run --------------------------------
+
+def finish(name, totals):
+    """ The value of the network, and the columns of each layer, from additive statistics. """
+    def guard(*args):
+        return contextlib.nullcontext()
+    return evaluate(METRICS[name], *to_host([derive(totals, needed_keys([METRICS[name]]), guard)]))
+
+
+def measure_tensors(name, tensors):
+    """ Of a metric of weights or gradients: from layer to tensor. """
+    totals = {}
+    for source in METRICS[name].sources:
+        fields = [field for own, field in additive_keys([METRICS[name]]) if own == source]
+        for function, own in functions_of(fields).items():
+            totals.update({(source, field): stats for field, stats in function(tensors, own).items()})
+    return finish(name, totals)
+
+
+def measure_calls(name, batches, samples=2000, levels=None):
+    """ Of a metric of activations: for each batch a list of (site, output, axis, saturated values). """
+    window = Window([name], [field for _, field in additive_keys([METRICS[name]])], samples)
+    for batch in batches:
+        window.begin_batch([1] * max((call[1].shape[0] for call in batch), default=0), len(batches))
+        for call in batch:
+            window.add(*call, **({} if levels is None else {'level': levels[call[0]]}))
+        window.end_batch()
+    return finish(name, window.totals())
 
 
 # --- independent values ------------------------------------------------------

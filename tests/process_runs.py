@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 
 from geowatch.utils.lightning_ext.callbacks.plasticity import PlasticityMonitor
 from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import METRICS
-from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._sinks import JsonLines
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sinks import JsonLines
 
 # With torch 2.6 fully_shard fails on a CPU, whose streams lack what it calls.
 CAN_SHARD_ON_CPU = hasattr(pl.strategies, 'ModelParallelStrategy') and hasattr(torch.cpu.Stream, 'record_event')
@@ -275,7 +275,7 @@ def flattened(folder):
     """ What FSDP1 makes of the weights. """
     from torch.distributed.fsdp import FullyShardedDataParallel
 
-    from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._weights import why_not_a_weight
+    from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.weights import why_not_a_weight
     torch.distributed.init_process_group('gloo')
     found = []
     for keeps in (False, True):

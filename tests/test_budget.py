@@ -12,9 +12,9 @@ from pytorch_lightning import Callback
 from geowatch.utils.lightning_ext.callbacks import plasticity
 from geowatch.utils.lightning_ext.callbacks.plasticity import METRICS, PlasticityMonitor
 from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import PlasticityConfigError
-from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._activations import Capture
-from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._budget import Budget, fair_parts
-from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._schedule import Schedule
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.capture import Capture
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine.budget import Budget, fair_parts
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine.schedule import Schedule
 from geowatch.utils.lightning_ext.callbacks.plasticity_metrics.weight_mag import WeightMag
 from geowatch.utils.lightning_ext.callbacks.plasticity_report import PlasticityReportCLI
 

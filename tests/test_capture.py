@@ -15,9 +15,11 @@ from torch.overrides import _get_current_function_mode
 from torch.utils.checkpoint import checkpoint
 from zoo import Kernels, Seen
 
-from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import _activations, _saturation
-from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._activations import Capture, fused_modules, site_names
-from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._saturation import register_activation
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations import functions
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.capture import Capture, name_of
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.modules import fused_modules
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.sites import site_names
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.functions import register_activation
 
 
 def watch(model, *inputs, times=1, **kwargs):
@@ -316,7 +318,7 @@ def test_no_activation_is_kept_alive(grad):
         model(torch.randn(4, 8))
         counts = model.counts
         shapes = []
-        with Capture(model, lambda site, output, axis, saturated: shapes.append(output.shape)):
+        with Capture(model, lambda site, output, *others: shapes.append(output.shape)):
             y = model(torch.randn(4, 8))
             assert model.counts == counts
             if grad:
@@ -492,7 +494,7 @@ def test_functorch_is_left_alone():
 def test_autocast_sees_what_the_network_computed():
     model, types = nn.Sequential(nn.Linear(3, 4), nn.ReLU()), []
 
-    def observe(site, output, axis, saturated):
+    def observe(site, output, *others):
         types.append((output.dtype, (output.float().T @ output.float()).dtype, torch.is_grad_enabled()))
 
     with torch.autocast('cpu', dtype=torch.bfloat16), Capture(model, observe):
@@ -519,10 +521,10 @@ def test_random_numbers_and_results_stay():
 @pytest.fixture
 def table():
     """ The table of saturated values, put back afterwards. """
-    before = dict(_saturation.SATURATED_VALUES)
-    yield _saturation.SATURATED_VALUES
-    _saturation.SATURATED_VALUES.clear()
-    _saturation.SATURATED_VALUES.update(before)
+    before = dict(functions.SATURATED_VALUES)
+    yield functions.SATURATED_VALUES
+    functions.SATURATED_VALUES.clear()
+    functions.SATURATED_VALUES.update(before)
 
 
 def test_register_a_module(table):
@@ -550,7 +552,7 @@ def test_register_a_function_of_torch(table):
 def test_saturated_values_that_follow_from_the_arguments(table):
     register_activation('clamp', lambda x, min=None, max=None: tuple(float(v) for v in (min, max) if v is not None))
     values = []
-    with Capture(nn.Identity(), lambda site, output, axis, saturated: values.append(saturated)):
+    with Capture(nn.Identity(), lambda site, output, axis, saturated, level: values.append(saturated)):
         torch.clamp(torch.randn(2, 3), 0)
         torch.randn(2, 3).clamp_(-1, max=2)
         F.elu(torch.randn(2, 3), .5)
@@ -581,9 +583,9 @@ def test_every_function_in_the_table_exists():
 
 def test_cost_of_names():
     """ What is looked up for each call is looked up once. """
-    _activations._name_of.cache_clear()
+    name_of.cache_clear()
     watch(nn.Sequential(*(nn.ReLU() for _ in range(50))), torch.randn(2, 3))
-    info = _activations._name_of.cache_info()
+    info = name_of.cache_info()
     assert info.misses <= 3 and info.hits >= 47
 
 

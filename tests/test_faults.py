@@ -3,6 +3,7 @@ Faults: training goes on, or stops by its own cause, and what was measured is on
 """
 import contextlib
 import copy
+import dataclasses
 import io
 import json
 import math
@@ -13,23 +14,25 @@ import signal
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from common import TAGS, Net, Recorder, fit, last, lines_of, make_data, make_net, matrices, mean_abs, read_lines
+from common import ACTIVATIONS, TAGS, Net, Recorder, fit, last, lines_of, make_data, make_net, matrices, mean_abs, read_lines
 from process_runs import killed_run, run_processes
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
 from torch.overrides import _get_current_function_mode
 from torch.utils.data import DataLoader
 
-from geowatch.utils.lightning_ext.callbacks import plasticity
 from geowatch.utils.lightning_ext.callbacks.plasticity import PlasticityMonitor
-from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import METRICS, _spectrum
-from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._sinks import JsonLines
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine import fit as engine_fit
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sinks import JsonLines
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine.statistics import calls, tensors
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine.statistics import rows as rows_of_features
+from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import METRICS
 
 SOURCES = pytest.mark.parametrize('source', ['train', 'validation'])
-ACTIVATIONS = ('dead_units', 'feature_erank')
 
 
 def everything(source='train', **kwargs):
@@ -59,52 +62,91 @@ def fails(*args, **kwargs):
     raise RuntimeError('a fault of the metric')
 
 
-def no_result(self, stats):
-    return {'erank': None}
+def no_value(*statistics):
+    return {'rows': 1.}
 
 
-def wrong_columns(self, stats):
-    from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._metric import Result
-    return {tag: Result(torch.tensor(1.), list(stats), {'value': torch.ones(99)}) for tag in self.tags}
+def no_number(*statistics):
+    return 'many'
 
 
-def no_number(self, stats):
-    from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._metric import Result
-    return {tag: Result('many', list(stats), {'value': torch.ones(len(stats))}) for tag in self.tags}
+def no_scalar(*statistics):
+    return np.ones(3)
+
+
+def break_formula(monkeypatch, name, formula):
+    monkeypatch.setitem(METRICS, name, dataclasses.replace(METRICS[name], formula=formula))
 
 
 @SOURCES
 @pytest.mark.parametrize('name', list(METRICS))
-@pytest.mark.parametrize('method, fault', [
-    ('measure', fails), ('compute', fails), ('compute', no_result), ('compute', wrong_columns), ('compute', no_number),
-], ids=['measure', 'compute', 'no_result', 'wrong_columns', 'no_number'])
-def test_metric_that_fails(tmp_path, name, method, fault, source, monkeypatch, capsys):
-    cls = METRICS[name]
-    if method == 'measure':
-        method = 'observe' if cls.looks_at == 'activations' else 'statistics'
-    monkeypatch.setattr(cls, method, fault)
+@pytest.mark.parametrize('fault', [fails, no_value, no_number, no_scalar])
+def test_formula_that_fails(tmp_path, name, fault, source, monkeypatch, capsys):
+    break_formula(monkeypatch, name, fault)
     _, trainer, lines, _ = fit(tmp_path, everything(source))
     assert trainer.global_step == 10
     out = capsys.readouterr().out
     assert out.count('Traceback') == 1
     assert out.count(f'{name} failed') == 1
-    assert not [line for line in lines if line['metric'] in cls.tags]
+    assert not lines_of(lines, name)
     steps = [line['step'] for line in lines_of(lines, 'weight_mag' if name != 'weight_mag' else 'erank')]
     assert steps == list(range(10))
-    assert fine(lines, *others(*cls.tags))
+    assert fine(lines, *[other for other in METRICS if other != name])
 
 
-def test_metric_that_fails_late(tmp_path, monkeypatch, capsys):
-    compute, calls = METRICS['erank'].compute, []
+# What makes which fields: the function or method to break, and the fields that are lost with it.
+MAKERS = {
+    'sums': ((tensors, 'sums'), ['weights.abs', 'weights.count', 'gradients.abs', 'gradients.count',
+                                 'gradients.squares', 'weights.spectrum']),
+    'grams': ((tensors, 'grams'), ['weights.spectrum']),
+    'away': ((calls.Away, 'add'), ['activations.away']),
+    'positive': ((calls.Positive, 'add'), ['activations.positive']),
+    'samples': ((calls.Samples, 'add'), ['activations.away', 'activations.positive', 'activations.spectrum',
+                                         'activations.centred_spectrum']),
+    'rows': ((rows_of_features.Rows, 'add'), ['activations.spectrum', 'activations.centred_spectrum']),
+    'rows of a batch': ((rows_of_features.Rows, 'end_batch'), ['activations.spectrum',
+                                                               'activations.centred_spectrum']),
+    'all rows': ((rows_of_features.Rows, 'finish'), ['activations.spectrum', 'activations.centred_spectrum']),
+}
 
-    def fails_late(self, stats):
+
+def break_maker(monkeypatch, place, name):
+    if place is tensors:  # the registry holds the function
+        fields = tensors.STATISTICS[getattr(tensors, name)]
+        monkeypatch.delitem(tensors.STATISTICS, getattr(tensors, name))
+        monkeypatch.setitem(tensors.STATISTICS, fails, fields)
+    else:
+        monkeypatch.setattr(place, name, fails)
+
+
+@SOURCES
+@pytest.mark.parametrize('maker', MAKERS)
+def test_statistic_that_fails(tmp_path, maker, source, monkeypatch, capsys):
+    """ What shares it is off with one traceback for each source, all else goes on. """
+    where, fields = MAKERS[maker]
+    break_maker(monkeypatch, *where)
+    _, trainer, lines, _ = fit(tmp_path, everything(source))
+    assert trainer.global_step == 10
+    lost = {name for name, metric in METRICS.items()
+            if any(f'{need.source}.{need.field}' in fields for need in metric.needs)}
+    assert lost and not [line for line in lines if line['metric'] in lost]
+    assert fine(lines, *(METRICS.keys() - lost))
+    out = capsys.readouterr().out
+    assert out.count('Traceback') == len({field.partition('.')[0] for field in fields})
+    assert all(name in out for name in lost)
+
+
+def test_formula_that_fails_late(tmp_path, monkeypatch, capsys):
+    formula, calls = METRICS['erank'].formula, []
+
+    def fails_late(spectrum):
         calls.append(1)
-        if len(calls) > 3:
+        if len(calls) > 3 * 4:  # of three layers: at the start, and three times more
             raise ValueError('late')
-        return compute(self, stats)
-    monkeypatch.setattr(METRICS['erank'], 'compute', fails_late)
+        return formula(spectrum)
+    break_formula(monkeypatch, 'erank', fails_late)
     _, trainer, lines, _ = fit(tmp_path, everything())
-    assert trainer.global_step == 10 and len(calls) == 4
+    assert trainer.global_step == 10 and len(calls) == 13
     assert [line['step'] for line in lines_of(lines, 'erank')] == [0, 1, 2]
     assert [line['step'] for line in lines_of(lines, 'weight_mag')] == list(range(10))
     assert capsys.readouterr().out.count('Traceback') == 1
@@ -112,17 +154,17 @@ def test_metric_that_fails_late(tmp_path, monkeypatch, capsys):
 
 @SOURCES
 def test_all_metrics_fail(tmp_path, source, monkeypatch, capsys):
-    for cls in METRICS.values():
-        monkeypatch.setattr(cls, 'compute', fails)
-    _, trainer, lines, _ = fit(tmp_path, everything(source))
-    assert trainer.global_step == 10 and lines == []
+    for name in METRICS:
+        break_formula(monkeypatch, name, fails)
+    _, trainer, _, _ = fit(tmp_path, everything(source))
+    assert trainer.global_step == 10 and read_lines(trainer, start=True) == []
     assert capsys.readouterr().out.count('Traceback') == len(METRICS)
 
 
 def test_interrupt_is_not_swallowed(tmp_path, monkeypatch):
-    def interrupted(self, *args, **kwargs):
+    def interrupted(*args):
         raise KeyboardInterrupt
-    monkeypatch.setattr(METRICS['erank'], 'statistics', interrupted)
+    break_formula(monkeypatch, 'grad_mag', interrupted)
     net = make_net()
     with contextlib.suppress(KeyboardInterrupt, SystemExit):  # Lightning before 2.3 returns
         fit(tmp_path, everything(), net)
@@ -174,6 +216,9 @@ def test_gradients_that_are_not_finite(tmp_path, clip):
             assert line['layers']['fc2'] == {'value': None, 'nonfinite': 3 / 192}
             assert list(line['layers']['fc1']) == list(line['layers']['head']) == ['value']
             assert line['value'] > 0
+    for line in lines_of(lines, 'grad_norm'):  # of the others, not more
+        assert line['value'] == pytest.approx(math.hypot(*(
+            line['layers'][name]['value'] for name in ('fc1', 'head'))), rel=1e-6)
 
 
 @SOURCES
@@ -192,7 +237,28 @@ def test_features_that_are_not_finite(tmp_path, source):
         assert len(bad) == 1 and len(line['layers']) == 3
         assert 0 < next(iter(bad.values()))['nonfinite'] < 1
         assert line['value'] > 0
-    assert all(own['value'] is not None for line in lines_of(lines, 'dead_units') for own in line['layers'].values())
+    for tag in set(ACTIVATIONS) - {'feature_erank'}:
+        for line in lines_of(lines, tag):
+            (bad,) = [own for own in line['layers'].values() if own['value'] is None]
+            assert 0 < bad['nonfinite'] < 1 and line['value'] is not None
+
+
+@SOURCES
+def test_a_network_that_is_not_finite_has_no_value(tmp_path, source):
+    """ Which looked healthy: nothing that is NaN is dead. """
+    class Bad(Net):
+        def features(self, x):
+            first, second = super().features(x)
+            return first, torch.tanh(self.fc2(first * float('nan')))
+    _, trainer, lines, _ = fit(tmp_path, PlasticityMonitor('dead_units,units', interval=1, source=source), make_net(Bad))
+    for tag in ('dead_units', 'sign_entropy', 'rare_units'):
+        for line in lines_of(lines, tag):
+            own = line['layers']['tanh']
+            assert own['value'] is None and own['nonfinite'] == 1 and own['units'] == 12
+            healthy = [x for name, x in line['layers'].items() if name != 'tanh']
+            weighted = sum(x['value'] * x['units'] for x in healthy if x['value'] is not None)
+            sizes = sum(x['units'] for x in healthy if x['value'] is not None)
+            assert line['value'] == (pytest.approx(weighted / sizes) if sizes else None)
 
 
 @pytest.mark.parametrize('error', [torch.linalg.LinAlgError, RuntimeError])
@@ -203,26 +269,28 @@ def test_solver_that_fails(tmp_path, error, monkeypatch, capsys):
         if matrix.shape[-1] == 12:
             raise error('it did not converge')
         return solve(matrix, UPLO=UPLO)
-    monkeypatch.setattr(_spectrum.torch.linalg, 'eigvalsh', fails_on_some)
+    monkeypatch.setattr(torch.linalg, 'eigvalsh', fails_on_some)
     _, trainer, lines, _ = fit(tmp_path, everything())
     assert trainer.global_step == 10
-    assert fine(lines, 'weight_mag', 'grad_mag', 'grad_norm', 'dead_units')
+    assert fine(lines, 'weight_mag', 'grad_mag', 'grad_norm', 'dead_units', 'sign_entropy')
     if error is torch.linalg.LinAlgError:  # one layer has no value, the others do
         assert last(lines, 'erank')['layers']['fc2'] == {'value': None}
         assert fine(lines, 'erank', 'feature_erank')
-    else:  # whatever else may be wrong with it costs the metric
-        assert not lines_of(lines, 'erank')
-        assert capsys.readouterr().out.count('Traceback') == 2
+    else:  # whatever else may be wrong with it costs what needs the spectrum
+        ranks = [name for name, metric in METRICS.items() if any('spectrum' in need.field for need in metric.needs)]
+        assert len(ranks) == 6 and not [line for line in lines if line['metric'] in ranks]
+        assert capsys.readouterr().out.count('Traceback') == 3  # of weights, of features, and of centred ones
 
 
 def test_a_transfer_that_fails(tmp_path, monkeypatch, capsys):
     """ As where an error of a device shows only when its results are read. """
-    def fails_with_erank(results):
-        if 'erank' in results:
+    def fails_with_spectra(tables):
+        if any(('weights', 'spectrum') in table for table in tables) and len(calls) > 1:
             raise RuntimeError('the device has failed')
-        return to_host(results)
-    to_host = plasticity.to_host
-    monkeypatch.setattr(plasticity, 'to_host', fails_with_erank)
+        calls.append(tables)
+        return to_host(tables)
+    to_host, calls = engine_fit.to_host, []
+    monkeypatch.setattr(engine_fit, 'to_host', fails_with_spectra)
     _, trainer, lines, _ = fit(tmp_path, PlasticityMonitor('weight_mag@1,erank@3,dead_units@epoch'))
     assert trainer.global_step == 10
     # What was to be moved together is off from then on.
@@ -290,7 +358,7 @@ def test_folder_that_can_be_written_again(tmp_path):
     with pytest.warns(UserWarning, match='cannot be written'):
         fit(tmp_path, PlasticityMonitor('weight_mag@1'), logger=logger, callbacks=[Steps(6, blocker.unlink)])
     lines = (blocker / 'logs' / 'plasticity.jsonl').read_text().splitlines()
-    assert [json.loads(line)['step'] for line in lines] == list(range(10))
+    assert [json.loads(line)['step'] for line in lines] == list(range(-1, 10))
 
 
 def test_disk_that_is_full(tmp_path):
@@ -476,6 +544,8 @@ def test_killed_and_resumed(tmp_path, whole_run, every, kills):
 def plain_values(x):
     if isinstance(x, dict):
         return all(isinstance(key, str) for key in x) and all(map(plain_values, x.values()))
+    if isinstance(x, list):
+        return all(map(plain_values, x))
     return x is None or type(x) in (bool, int, float, str)
 
 

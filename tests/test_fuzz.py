@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from geowatch.cli.fit import FitCLI
 from geowatch.utils.lightning_ext.callbacks.plasticity import PlasticityMonitor
 from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import METRICS, parse_metrics
-from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._schedule import Schedule
-from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._window import count_examples
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine.schedule import Schedule
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.window import count_examples
 
 anything = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12) | st.binary(max_size=4),

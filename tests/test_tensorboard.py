@@ -21,7 +21,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from torch.utils.tensorboard import SummaryWriter
 
 from geowatch.utils.lightning_ext.callbacks.plasticity import PlasticityMonitor
-from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._dashboard import Dashboard
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine.dashboard import Dashboard
 from geowatch.utils.lightning_ext.callbacks.plasticity_report import report_command, write_report_script
 
 WORST = 'plasticity_layers/worst/text_summary'

@@ -4,18 +4,22 @@ Half of one layer's units are made dead, for each way of writing an activation a
 The last tests go through a real Trainer.
 """
 import functools
+import math
+from collections import Counter
 
 import pytest
 import pytorch_lightning as pl
 import torch
-from common import fit, last, numpy_erank
+from common import fit, last, measure_calls, numpy_erank
 from torch import nn
 from torch.nn import functional as F
 from zoo import Seen
 
-from geowatch.utils.lightning_ext.callbacks.plasticity import METRICS, PlasticityMonitor
-from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._activations import Capture
-from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._saturation import register_activation
+from geowatch.utils.lightning_ext.callbacks.plasticity import PlasticityMonitor
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.capture import Capture
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.sites import Site
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.window import Window
+from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import register_activation
 
 SIZES = (5, 1, 8)  # of the batches
 
@@ -60,25 +64,60 @@ def test_any_layout(axis, output, bad):
     columns[..., 2:5] = 0
     if bad is not None:
         columns[(0,) * (output.ndim - 1) + (3,)] = bad
-    metrics = {name: METRICS[name]() for name in ('dead_units', 'feature_erank')}
-    stats = {name: {} for name in metrics}
-    for name, metric in metrics.items():
-        for _ in range(2):
-            metric.observe(stats[name], 'site', output, axis, (0.,))
+    sites = Site('act', 'relu', units=12), Site('again', 'relu', units=12)
+    batches = [[(site, output, axis, (0.,)) for site in sites]] * 2
     rows = columns.reshape(-1, columns.shape[-1])
-    dead = metrics['dead_units'].compute(stats['dead_units'])['dead_units']
+    value, layers = measure_calls('dead_units', batches)
     # By hand: of three units that are 0 one has a sample that is not, if there is a bad number.
-    assert dead.columns['units'] == [12]
-    assert dead.value.item() == (rows == 0).all(0).double().mean().item()
-    result = metrics['feature_erank'].compute(stats['feature_erank'])['feature_erank']
-    chosen = rows[::-(-len(rows) // 4096)].double()
-    assert result.columns['rows'].tolist() == [2 * len(chosen)] and len(chosen) <= 4096
+    assert {own['units'] for own in layers.values()} == {12} and list(layers) == ['act.relu', 'again.relu']
     if bad is None:
-        assert result.value.item() == pytest.approx(numpy_erank(torch.cat([chosen, chosen])), rel=1e-6)
-        assert result.columns['nonfinite'].item() == 0
+        assert value == (rows == 0).all(0).double().mean().item()
     else:
-        assert result.value.isnan()
-        assert result.columns['nonfinite'].item() * chosen.numel() == pytest.approx(1)
+        assert math.isnan(value) and all(math.isnan(own['value']) for own in layers.values())
+        assert layers['act.relu']['nonfinite'] * rows.numel() == pytest.approx(1)
+    _, layers = measure_calls('feature_erank', batches)
+    most = 2000  # of which an example has several if there are few
+    assert layers['act.relu']['rows'] == min(2 * len(rows), most)
+    if bad is not None:
+        assert math.isnan(layers['act.relu']['value'])
+    elif 2 * len(rows) <= most:
+        assert layers['act.relu']['value'] == pytest.approx(numpy_erank(rows.double()), rel=1e-6)
+
+
+@pytest.mark.parametrize('positions, examples, batches, calls', [
+    (1, 50, 4, 1), (64, 50, 4, 1), (64, 8, 25, 1), (7, 13, 3, 4), (4096, 3, 5, 1), (1, 1000, 4, 1)])
+def test_rows_are_spread_evenly(positions, examples, batches, calls):
+    """ One row holds the number of its example, and that of its position: each is there as often as another. """
+    samples, units, seen = 200, 2, []
+    fields = ['gram', 'sum', 'rows']
+    window = Window(['feature_erank'], fields, samples)
+    take, site = window._makers[0], Site('act', 'relu', units=units)
+    flush = take._flush
+
+    def keep(key):
+        seen.extend(x.tolist() for x in take._waiting[key][1])
+        flush(key)
+    take._flush = keep
+    for batch in range(batches):
+        window.begin_batch(torch.zeros(examples, 1), batches - batch)
+        numbers = torch.stack(torch.meshgrid(
+            torch.arange(batch * examples, (batch + 1) * examples), torch.arange(positions), indexing='ij'), 1)
+        for part in numbers.double().tensor_split(calls):
+            window.add(site, part, 1, (0.,))
+        window.end_batch()
+    own = window.totals()
+    rows = [tuple(row) for part in seen for row in part]
+    total, most = positions * examples * min(batches, -(-samples // examples) + 1), max(samples, 8 * units)
+    assert len(rows) == len(set(rows)) == own['activations', 'rows'][site] <= most
+    assert len(rows) >= 0.9 * min(most, total if examples * batches <= samples else most)
+    if len(rows) < positions * examples * batches and positions > 1:
+        places = Counter(int(position) // -(-positions // 4) for _, position in rows)
+        assert max(places.values()) <= 1.5 * len(rows) / 4 + 4  # no quarter of the picture is left out
+        assert min(places.values()) >= 0.5 * len(rows) / 4 - 4
+    each = Counter(example for example, _ in rows)
+    assert max(each.values()) <= 2 * len(rows) / len(each) + 1
+    # The sums are those of the rows.
+    assert own['activations', 'sum'][site].tolist() == pytest.approx([sum(x) for x in zip(*rows, strict=True)])
 
 
 # --- ways of writing an activation ---------------------------------------------

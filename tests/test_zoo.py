@@ -7,7 +7,8 @@ import pytest
 import zoo
 from zoo import NETWORKS
 
-from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._activations import Capture, site_names
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.capture import Capture
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.sites import site_names
 
 
 @pytest.mark.parametrize('network', NETWORKS, ids=[network.name for network in NETWORKS])

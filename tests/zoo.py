@@ -51,7 +51,7 @@ class Seen:
         self.calls = []   # (site, shape, axis)
         self.states = {}  # for each site: bool of shape (values, units), at this value on all rows so far
 
-    def __call__(self, site, output, axis, saturated):
+    def __call__(self, site, output, axis, saturated, level=0.):
         self.calls.append((site, tuple(output.shape), axis))
         rows = output.movedim(axis, -1).flatten(0, -2) if output.ndim > 1 else output[None]
         stuck = torch.zeros(len(saturated), rows.shape[1], dtype=torch.bool)

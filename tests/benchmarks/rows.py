@@ -20,8 +20,8 @@ from tools import Batches, lightning_resnet, resnet, run_lightning
 
 from geowatch.utils.lightning_ext.callbacks.plasticity import PlasticityMonitor
 from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import METRICS, effective_rank
-from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._activations import Capture
-from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._weights import weights_of
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.capture import Capture
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.weights import weights_of
 
 HOOKS = ('setup', 'teardown', *(name for name in vars(PlasticityMonitor) if name.startswith('on_')))
 

@@ -165,7 +165,8 @@ class Fit:
         for name, source in self._open(due).items():
             self._sources.setdefault(name, source).fields |= source.fields
         for source in self._sources.values():
-            source.begin_batch(self._walk(module) if source.begins else {}, begins_step(trainer, batch_idx))
+            # Walked now, since optimizers may freeze each other's weights while they step.
+            source.begin_batch(self._walk(module), begins_step(trainer, batch_idx))
         if self.source == 'train':
             self._open_windows(self.agenda.due(step, self._of_activations()), moment)
             self.looks.look(module, batch, batches_left(trainer, batch_idx))
@@ -178,8 +179,7 @@ class Fit:
     def end_backward(self, module):
         """ Let sources see what a micro-batch has added. """
         for source in self._sources.values():
-            if source.begins:
-                source.after_backward(self._walk(module))
+            source.after_backward(self._walk(module))
 
     def before_step(self, module, optimizer):
         """ Let sources see the gradients, and the weights before an optimizer steps. """

@@ -71,6 +71,7 @@ def additive_keys(metrics, support=True):
 
 def needed_keys(metrics, support=True):
     """ The same with the fields that are made of others: what the formulas take. """
+    metrics = list(metrics)
     keys = [(need.source, need.field) for metric in metrics for need in metric.needs]
     if support:
         keys += [(source, field) for metric in metrics for source in metric.sources

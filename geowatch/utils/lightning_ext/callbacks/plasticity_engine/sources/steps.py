@@ -26,12 +26,10 @@ class StepSource:
 
     Attributes:
         name (str): a key of SOURCES
-        begins (bool): whether it wants to know when batches begin
         are_parts (bool): if True, each process has statistics of its own to
             be added up, whatever the layout of the weights
     """
     name = None
-    begins = False
     are_parts = False
 
     def __init__(self, fields, guard, processes=1):
@@ -198,7 +196,6 @@ class Pieces(StepSource):
         {'count': 2.0, 'squares': 26.0}
     """
     name = 'pieces'
-    begins = True
     are_parts = True
 
     def __init__(self, fields, guard, processes=1):

@@ -40,8 +40,9 @@ def strata(count, chosen, offset, device):
     index = torch.arange(chosen, device=device)
     if chosen == count:
         return index
+    first, following = index * count // chosen, (index + 1) * count // chosen
     within = ((index + offset) * _GOLDEN % (1 << 32)) >> 16
-    return ((index << 16) + within) * count // (chosen << 16)
+    return first + ((following - first) * within >> 16)
 
 
 class _Chosen:
