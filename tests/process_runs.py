@@ -5,7 +5,9 @@ The processes are forked from a server that has imported everything once, since
 to start one afresh takes ten seconds.
 """
 import contextlib
+import dataclasses
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -22,8 +24,10 @@ from pytorch_lightning.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
 from geowatch.utils.lightning_ext.callbacks.plasticity import PlasticityMonitor
-from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import METRICS
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sinks import JsonLines
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine.statistics import calls as statistics_of_calls
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine.statistics import tensors
+from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import METRICS
 
 # With torch 2.6 fully_shard fails on a CPU, whose streams lack what it calls.
 CAN_SHARD_ON_CPU = hasattr(pl.strategies, 'ModelParallelStrategy') and hasattr(torch.cpu.Stream, 'record_event')
@@ -120,7 +124,7 @@ class Routed(Net):
     def __init__(self):
         super().__init__()
         self.side = torch.nn.Linear(8, 16)
-        self.world, self.shard, self.always = 1, False, False
+        self.world, self.shard, self.always, self.tensor_parallel = 1, False, False, False
 
     def features(self, x):
         first = self.act(self.fc1(x))
@@ -133,12 +137,18 @@ class Routed(Net):
         return super().training_step(batch, batch_idx) * self.world  # of which DDP takes the mean
 
     def configure_model(self):
+        if self.tensor_parallel:
+            from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+            # Rows of the first, columns of the second, so that features are split between the two.
+            parallelize_module(self, self.device_mesh['tensor_parallel'], {
+                'fc2': ColwiseParallel(), 'head': RowwiseParallel()})
         if self.shard:
             from torch.distributed.fsdp import fully_shard
             mesh = self.device_mesh['data_parallel']
-            for layer in (self.fc1, self.fc2, self.side):
+            for layer in (self.fc1, self.fc2, self.side, *([self.head] if self.tensor_parallel else [])):
                 fully_shard(layer, mesh=mesh)
-            fully_shard(self, mesh=mesh)
+            if not self.tensor_parallel:
+                fully_shard(self, mesh=mesh)
 
 
 def batches_of(rank, world, how, step=8):
@@ -187,19 +197,33 @@ class Watch(Callback):
     def on_validation_start(self, trainer, module):
         self.step = f'validation {trainer.global_step}'
 
+    def on_train_start(self, trainer, module):
+        self.step = 'start'
+
 
 def fault_of(fault, rank):
-    """ Make a metric fail: (metric, method, rank on which it does or None for all, calls before it does). """
-    name, method, where, after = fault
-    if where in (None, rank):
-        original, calls = getattr(METRICS[name], method), []
+    """ Make something fail: (name of a metric or of a maker of statistics, rank or None for all, calls before). """
+    name, where, after = fault
+    if where not in (None, rank):
+        return
+    calls = []
 
+    def failing(original):
         def fails(*args, **kwargs):
             calls.append(1)
             if len(calls) > after:
                 raise RuntimeError(f'fault of {name}')
             return original(*args, **kwargs)
-        setattr(METRICS[name], method, fails)
+        return fails
+    if name in METRICS:
+        METRICS[name] = dataclasses.replace(METRICS[name], formula=failing(METRICS[name].formula))
+    elif name == 'gram':
+        tensors.gram = failing(tensors.gram)
+    elif name == 'sums':
+        tensors.STATISTICS[failing(tensors.sums)] = tensors.STATISTICS.pop(tensors.sums)
+    else:
+        cls = getattr(statistics_of_calls, name)
+        cls.add = failing(cls.add)
 
 
 def train_together(folder, strategy='ddp', how='even', fault=None, epochs=2, sleep=0., monitor=None):
@@ -211,27 +235,33 @@ def train_together(folder, strategy='ddp', how='even', fault=None, epochs=2, sle
         fault_of(fault, rank)
     net = make_net(Routed).double()
     net.world = world
-    net.always = strategy == 'fsdp2'  # it needs all layers on all processes
+    net.always = strategy != 'ddp'  # sharding needs all layers on all processes
+    replicas = world
     if world == 1:
         strategy = 'auto'
     elif strategy == 'ddp':
         strategy = pl.strategies.DDPStrategy(process_group_backend='gloo', find_unused_parameters=True)
     else:
-        net.shard = True
-        strategy = pl.strategies.ModelParallelStrategy(data_parallel_size=world, tensor_parallel_size=1,
-                                                       process_group_backend='gloo')
+        net.tensor_parallel = strategy == 'tensor parallel'
+        replicas = world // 2 if net.tensor_parallel else world
+        net.shard = replicas > 1
+        net.world = replicas
+        strategy = pl.strategies.ModelParallelStrategy(
+            data_parallel_size=replicas, tensor_parallel_size=world // replicas, process_group_backend='gloo')
+    replica = rank // (world // replicas)
     if sleep:
         net.on_train_batch_end = lambda *args: time.sleep(sleep)
     trainer = pl.Trainer(
         default_root_dir=folder, max_epochs=epochs, accelerator='cpu', devices=world, strategy=strategy,
         enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+        num_sanity_val_steps=-1,  # so that the start sees the same data whatever the number of processes
         use_distributed_sampler=False, logger=CSVLogger(folder, name='run', version=0),
         callbacks=[watch, PlasticityMonitor(**{'metrics': 'all', 'interval': 1, **(monitor or {})})])
     validation = list(make_data().double().split(10))
     # Not as many on each, but under FSDP2, which itself would wait for ever.
-    validation = [x[rank::world] for x in validation] if net.shard else validation[rank::world]
+    validation = [x[replica::replicas] for x in validation] if net.always else validation[rank::world]
     with open(f'{folder}/rank{rank}.txt', 'w') as file, contextlib.redirect_stdout(file):
-        trainer.fit(net, DataLoader(batches_of(rank, world, how), batch_size=None),
+        trainer.fit(net, DataLoader(batches_of(replica, replicas, how), batch_size=None),
                     DataLoader(validation, batch_size=None))
     with open(f'{folder}/rank{rank}.json', 'w') as file:
         values = {key: float(x) for key, x in trainer.callback_metrics.items() if 'plasticity' in key}
@@ -242,30 +272,37 @@ def train_together(folder, strategy='ddp', how='even', fault=None, epochs=2, sle
         torch.distributed.destroy_process_group()
 
 
-def layouts(folder):
-    """ Sums over other layouts than FSDP2's, by the same statistics. """
+def layouts(folder, mesh_shape):
+    """ Statistics of a matrix in other layouts than FSDP2's, added up over the processes. """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-    from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._reduce import add_up, layout_of
+    from geowatch.utils.lightning_ext.callbacks.plasticity_engine.processes import Processes, layout_of
+    from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sharding import part_for_gram
+    from geowatch.utils.lightning_ext.callbacks.plasticity_engine.statistics.tensors import functions_of
     torch.distributed.init_process_group('gloo')
-    matrix = torch.arange(12.).reshape(4, 3) - 3
-    matrix[1, 2] = float('inf')
-    both, own = init_device_mesh('cpu', (2,)), init_device_mesh('cpu', (2, 1), mesh_dim_names=('a', 'b'))
+    processes = Processes(torch.distributed.get_world_size(), 'cpu')
+    mesh = init_device_mesh('cpu', tuple(mesh_shape), mesh_dim_names=tuple('ab'[:len(mesh_shape)]))
+    rows, columns, both = Shard(0), Shard(1), Replicate()
+    cases = {'rows': [rows], 'columns': [columns], 'copies': [both]} if len(mesh_shape) == 1 else {
+        'rows and columns': [rows, columns], 'columns and rows': [columns, rows], 'rows twice': [rows, rows],
+        'copies of rows': [both, rows], 'copies of columns': [columns, both], 'copies': [both, both]}
+    meshes = {'': mesh} if len(mesh_shape) == 1 else {'': mesh, ' of a part of the mesh': mesh['b']}
     found = {}
-    for name, mesh, placements in (('rows', both, [Shard(0)]), ('columns', both, [Shard(1)]),
-                                   ('copies', both, [Replicate()]), ('part of the mesh', own['b'], [Shard(0)]),
-                                   ('both', own, [Replicate(), Shard(0)])):
-        tensor = distribute_tensor(matrix, mesh, placements)
-        for metric in ('grad_mag', 'erank'):
-            if METRICS[metric]().why_not(tensor) is None:
-                stats = {metric: METRICS[metric]().statistics({'x': tensor})}
-                layout = {metric: layout_of(stats[metric])}
-                total = add_up(stats, [layout, layout], 'cpu')[metric]['x']
-                found[f'{metric} {name}'] = {key: x.tolist() for key, x in total.items() if x.ndim == 0}
-            else:
-                found[f'{metric} {name}'] = METRICS[metric]().why_not(tensor)
-    if torch.distributed.get_rank() == 0:
+    for shape in ((7, 4), (4, 7), (6, 2, 3, 3)):
+        matrix = torch.arange(float(math.prod(shape))).sin().reshape(shape)
+        for part, own in meshes.items():
+            for name, placements in cases.items():
+                tensor = distribute_tensor(matrix, own, placements[-own.ndim:])
+                piece, _, _ = part_for_gram(tensor)
+                stats = {}
+                for function, fields in functions_of(['count', 'abs', 'squares', 'nonfinite', 'gram']).items():
+                    stats.update({('weights', field): x for field, x in function({'x': tensor}, fields).items()})
+                (total,) = processes.add_up([stats], [layout_of([stats])] * processes.count)
+                found[f'{tuple(shape)} {name}{part}'] = {
+                    'largest part': processes.exchange({'n': piece.numel()}),
+                    **{field: x['x'].tolist() for (_, field), x in total.items()}}
+    if processes.rank == 0:
         with open(f'{folder}/found.json', 'w') as file:
             json.dump(found, file)
     torch.distributed.destroy_process_group()

@@ -6,13 +6,14 @@ import math
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
-from common import TAGS, lines_of
+from common import ACTIVATIONS, lines_of
 from process_runs import CAN_SHARD_ON_CPU, flattened, layouts, run_processes, train_together
 
 from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import METRICS
 
-ACTIVATIONS = ('dead_units', 'feature_erank')
+TAGS = tuple(METRICS)
 
 
 class Ran:
@@ -53,7 +54,7 @@ def same(got, expected):
     got, expected = sorted(got, key=key), sorted(expected, key=key)
     assert list(map(key, got)) == list(map(key, expected))
     for line, other in zip(got, expected, strict=True):
-        exact = line['metric'] == 'dead_units'
+        exact = line['metric'] in ('dead_units', 'rare_units', 'srank99')
         assert line['samples'] == other['samples']
         assert line['value'] == (other['value'] if exact else pytest.approx(other['value'], rel=1e-6))
         assert set(line['layers']) == set(other['layers'])
@@ -71,7 +72,7 @@ def test_values_of_several_processes(tmp_path, one, strategy, count, how, source
     ran = Ran(tmp_path, count, strategy=strategy, how=how, monitor={'source': source})
     same(ran.lines, one[strategy, source])
     assert {line['metric'] for line in ran.lines} == set(TAGS)
-    assert len(lines_of(ran.lines, 'erank')) == 10
+    assert [line['step'] for line in lines_of(ran.lines, 'erank')] == list(range(-1, 10))
     assert max(ran.collectives().values()) <= 2
     first, *others = ran.ranks
     assert first['writes'] > 0 and all(rank['writes'] == 0 for rank in others)
@@ -106,44 +107,77 @@ def test_durations(tmp_path):
         assert len(lines) <= duration / seconds + 8 + 1
 
 
-FAULTS = [(name, method, where, strategy) for name, cls in METRICS.items() for where in (1, None)
-          for method in ('observe' if cls.looks_at == 'activations' else 'statistics', 'compute')
-          for strategy in ('ddp', 'fsdp2')
+# What fails, and the metrics that it costs: a formula, or a statistic and all that need it.
+MAKERS = {'gram': ('weights.spectrum',), 'Away': ('activations.away',), 'Positive': ('activations.positive',),
+          'Rows': ('activations.spectrum', 'activations.centred_spectrum')}
+LOST = {**{name: {name} for name in ('weight_mag', 'grad_norm', 'erank', 'dead_units', 'sign_entropy')},
+        **{maker: {name for name, metric in METRICS.items()
+                   if any(f'{need.source}.{need.field}' in fields for need in metric.needs)}
+           for maker, fields in MAKERS.items()}}
+FAULTS = [(name, where, strategy) for name in LOST for where in (1, None) for strategy in ('ddp', 'fsdp2')
           # Activations are no shards, and what fails everywhere fails alike.
-          if strategy == 'ddp' or where is not None and name not in ACTIVATIONS]
+          if strategy == 'ddp' or where is not None and not LOST[name] & set(ACTIVATIONS)]
 
 
-@pytest.mark.parametrize('name, method, where, strategy', FAULTS)
-def test_metric_that_fails(tmp_path, name, method, where, strategy):
-    ran = Ran(tmp_path, 2, strategy=strategy, fault=(name, method, where, 3), monitor={'source': 'train', 'samples': 4})
+@pytest.mark.parametrize('name, where, strategy', FAULTS)
+def test_metric_that_fails(tmp_path, name, where, strategy):
+    ran = Ran(tmp_path, 2, strategy=strategy, fault=(name, where, 8), monitor={'source': 'train', 'samples': 4})
     said = ''.join(ran.said)
     assert said.count('Traceback') == 1 and f'fault of {name}' in said
-    for tag in METRICS[name].tags:
-        assert [line['step'] for line in lines_of(ran.lines, tag)][:1] == [0]
-        assert len(lines_of(ran.lines, tag)) <= 4
-    for tag in set(TAGS) - set(METRICS[name].tags):
-        assert [line['step'] for line in lines_of(ran.lines, tag)] == list(range(10))
+    for tag in LOST[name]:
+        assert len(lines_of(ran.lines, tag)) <= 8
+    assert any(lines_of(ran.lines, tag) for tag in LOST[name])
+    for tag in set(TAGS) - LOST[name]:
+        start = [] if tag in ('grad_mag', 'grad_norm') else [-1]
+        assert [line['step'] for line in lines_of(ran.lines, tag)] == start + list(range(10))
     assert max(ran.collectives().values()) <= 2
 
 
 @pytest.mark.parametrize('where', [0, 1])
 def test_only_metric_fails(tmp_path, where):
     # There is nothing else that would bring the processes together.
-    ran = Ran(tmp_path, 2, fault=('weight_mag', 'statistics', where, 2), monitor={'metrics': 'weight_mag'})
-    assert [line['step'] for line in ran.lines] == [0, 1]
+    ran = Ran(tmp_path, 2, fault=('sums', where, 3), monitor={'metrics': 'weight_mag'})
+    assert [line['step'] for line in ran.lines] == [-1, 0, 1]
     assert ''.join(ran.said).count('Traceback') == 1
 
 
-def test_layouts_of_sharded_weights(tmp_path):
-    assert run_processes(layouts, 2, str(tmp_path)) == [0, 0]
+def run_or_skip(*args):
+    if not CAN_SHARD_ON_CPU:
+        pytest.skip('DTensor does not run on a CPU with this version of torch or of Lightning')
+    return run_processes(*args)
+
+
+@pytest.mark.parametrize('count, mesh', [(2, [2]), (4, [4]), (4, [2, 2])])
+def test_layouts_of_sharded_weights(tmp_path, count, mesh):
+    """ Each layout gives the sums of the whole, and the Gram matrix of its smaller side, without a whole matrix. """
+    assert run_or_skip(layouts, count, str(tmp_path), mesh) == [0] * count
     found = json.loads((tmp_path / 'found.json').read_text())
-    finite = {'count': 12., 'nonfinite': 1 / 12, 'abs': math.inf, 'squares': math.inf}
-    for name in ('rows', 'columns', 'copies', 'part of the mesh', 'both'):
-        assert found[f'grad_mag {name}'] == pytest.approx(finite)
-        if name == 'columns':
-            assert found[f'erank {name}'] == 'sharded by columns'
-        else:
-            assert found[f'erank {name}'] == pytest.approx({'nonfinite': 1 / 12})
+    assert len(found) == 3 * (3 if len(mesh) == 1 else 6 * 2)
+    for name, got in found.items():
+        shape = tuple(map(int, name.partition(') ')[0].strip('(').split(',')))
+        matrix = np.sin(np.arange(math.prod(shape), dtype=np.float32)).astype(float).reshape(shape[0], -1)
+        assert got['count'] == matrix.size, name
+        assert got['abs'] == pytest.approx(np.abs(matrix).sum(), rel=1e-6)
+        assert got['squares'] == pytest.approx(np.square(matrix).sum(), rel=1e-6)
+        gram = np.tril(got['gram'])
+        assert len(gram) == min(matrix.shape)
+        values = np.sqrt(np.maximum(np.linalg.eigvalsh(gram), 0))
+        assert values[::-1] == pytest.approx(np.linalg.svd(matrix, compute_uv=False), rel=1e-5, abs=1e-6)
+        if 'copies' not in name and 'part of' not in name:
+            assert max(message['n'] for message in got['largest part']) < matrix.size
+
+
+@pytest.mark.parametrize('source', ['train', 'validation'])
+@pytest.mark.parametrize('count', [2, 4], ids=['tensor parallel', 'with FSDP2'])
+def test_tensor_parallel_weights(tmp_path, one, count, source):
+    """ Rows of one layer and columns of the next on each process, with 4 sharded over two replicas as well. """
+    weights = {'metrics': 'weight_mag,grad_mag,erank,stable_rank,spectral_norm', 'source': source}
+    ran = Ran(tmp_path, count, strategy='tensor parallel', monitor=weights)
+    names = {'weight_mag', 'grad_mag', 'grad_norm', 'erank', 'stable_rank', 'spectral_norm'}
+    assert {line['metric'] for line in ran.lines} == names
+    same(ran.lines, [line for line in one['fsdp2', source] if line['metric'] in names])
+    assert max(ran.collectives().values()) <= 2
+    assert not any('Not watched' in said and 'erank' in said.partition('Not watched')[2] for said in ran.said)
 
 
 def test_flattened_weights_are_told(tmp_path):

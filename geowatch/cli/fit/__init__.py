@@ -11,6 +11,7 @@ import ubelt as ub
 
 CALLBACK = 'geowatch.utils.lightning_ext.callbacks.plasticity.PlasticityMonitor'
 PREFIX = 'plasticity_'
+_HELP = {'-h', '--help'}
 
 
 class FitCLI(scfg.DataConfig):
@@ -42,9 +43,8 @@ class FitCLI(scfg.DataConfig):
 
     plasticity_metrics = scfg.Value(None, type=str, help=ub.paragraph(
         '''
-        what to measure: 'all', or names separated by commas of weight_mag,
-        grad_mag, dead_units, erank, feature_erank, each with its own interval
-        or none, as in weight_mag@1,erank@epoch
+        what to measure: names or groups separated by commas, or 'all', each
+        with its own interval or none, as in weight_mag@1,ranks@epoch
         '''))
     plasticity_interval = scfg.Value(None, type=str, help=ub.paragraph(
         '''
@@ -57,7 +57,7 @@ class FitCLI(scfg.DataConfig):
     plasticity_layers = scfg.Value(None, type=str, help='patterns of layer names, separated by commas')
     plasticity_per_layer = scfg.Value(None, isflag=True, help='log every layer to TensorBoard too')
     plasticity_budget = scfg.Value(None, type=str, help=(
-        'largest share of the training time, such as 0.02: what is too dear is measured less often'))
+        'largest share of the training time, such as 0.02: what is too expensive is measured less often'))
     plasticity_prog_bar = scfg.Value(None, isflag=True, help='show the values in the progress bar')
 
     def argparse(self, parser=None, **kwargs):
@@ -68,6 +68,8 @@ class FitCLI(scfg.DataConfig):
 
         def parse_known_args(args=None, namespace=None):
             ours, fusion_args = _split(sys.argv[1:] if args is None else args)
+            if not _HELP.isdisjoint(ours):
+                _list_metrics(parser)
             namespace, unknown = parse_ours(ours, namespace)
             namespace.fusion_args = fusion_args
             return namespace, unknown
@@ -145,6 +147,16 @@ class FitCLI(scfg.DataConfig):
             PlasticityConfigError.handler = None
 
 
+def _list_metrics(parser):
+    # The host's packages around the registry take long to import, so that only the help waits for them.
+    from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import GROUPS, METRICS, members
+    names = [f'{group} ({", ".join(members(group))})' for group in GROUPS if members(group)]
+    names += [name for name, metric in METRICS.items() if metric.group is None]
+    (action,) = [action for action in parser._actions if action.dest == f'{PREFIX}metrics']
+    listed = f'. Groups, and metrics in them: {"; ".join(names)}'
+    action.help = action.help.removesuffix(listed) + listed
+
+
 def _error(message):
     print(f'geowatch fit: error: {message}', file=sys.stderr)
     sys.exit(2)
@@ -164,7 +176,7 @@ def _split(args):
     ours, others = [], []
     takes_value = False
     for arg in args:
-        is_ours = arg.startswith((f'--{PREFIX}', f'--no-{PREFIX}')) or arg in {'-h', '--help'}
+        is_ours = arg.startswith((f'--{PREFIX}', f'--no-{PREFIX}')) or arg in _HELP
         if is_ours or (takes_value and not arg.startswith('-')):
             ours.append(arg)
         else:

@@ -84,7 +84,6 @@ class Fit:
         self.measured = set()    # metrics that were measured, the start left out
         self._owes_start = False
         self._sources = {}       # name to StepSource, of the step that goes on
-        self._weights = None     # of the batch that goes on, walked once
         self._wanted = {}        # path of a layer to whether it is measured
         self._memory = {}        # metric to its statistics at the last measurement
         self._first_step = None
@@ -141,8 +140,7 @@ class Fit:
             names = [name for name, metric in self.metrics.items() if metric.sources == ('weights',)
                      and not any(need.before for need in metric.needs)]
             self._sources = self._open(names)
-            self._end_step(module)
-            self._publish([self._step_reading(names, Moment(-1, self.trainer.current_epoch, False))])
+            self._publish([self._step_reading(module, names, Moment(-1, self.trainer.current_epoch, False))])
 
     # --- a batch of training --------------------------------------------------------
 
@@ -160,12 +158,10 @@ class Fit:
             self._first_step = step
             self._drop_stale_lines(lambda row: row['step'] >= step)
         self.agenda.begin(moment)
-        self._weights = None
         due = [name for name in self.agenda.due(step) if not self.metrics[name].sees_activations]
         for name, source in self._open(due).items():
             self._sources.setdefault(name, source).fields |= source.fields
         for source in self._sources.values():
-            # Walked now, since optimizers may freeze each other's weights while they step.
             source.begin_batch(self._walk(module), begins_step(trainer, batch_idx))
         if self.source == 'train':
             self._open_windows(self.agenda.due(step, self._of_activations()), moment)
@@ -202,11 +198,10 @@ class Fit:
             readings += [self._window_reading(window, self._moment, ends) for window, ends in final.items()
                          if ends or window in self.looks.asked()]
         if stepped:
-            self._end_step(module)
             names = [name for name in self.metrics if not self.metrics[name].sees_activations
                      and self.agenda.schedules[name].is_due(step)]
             if names:
-                readings.append(self._step_reading(names, self._moment))
+                readings.append(self._step_reading(module, names, self._moment))
         self._publish(readings, asks=stepped and self.agenda.asks_the_time(step))
         if stepped:
             self._wake = self._next_step(module, batch_idx)
@@ -339,10 +334,8 @@ class Fit:
     # --- what is there ----------------------------------------------------------------------
 
     def _walk(self, module):
-        """ The weights that are measured, walked once for each batch. """
-        if self._weights is None:
-            self._weights = {layer: weight for layer, weight in weights_of(module).items() if self._wants(layer)}
-        return self._weights
+        """ The weights that are measured, anew at each moment: FSDP2 puts others in their place in between. """
+        return {layer: weight for layer, weight in weights_of(module).items() if self._wants(layer)}
 
     def _wants(self, layer):
         if layer not in self._wanted:
@@ -350,24 +343,18 @@ class Fit:
             self._wanted[layer] = not patterns or any(pattern.match(layer) for pattern in patterns)
         return self._wanted[layer]
 
-    def _end_step(self, module):
-        if self._sources:
-            weights = self._walk(module)
-            for source in self._sources.values():
-                source.end_step(weights)
-
-    def _step_reading(self, names, moment):
+    def _step_reading(self, module, names, moment):
         """ What the sources have found at a step, after which they begin anew. """
         reading, sources, self._sources = Reading(names, moment), self._sources, {}
-        sharded = {layer for layer, weight in (self._weights or {}).items() if is_sharded(weight)}
+        weights = self._walk(module)
         for source in sources.values():
+            source.end_step(weights)
             source.close()
             for fld, own in source.take().items():
                 for layer, x in own.items():
-                    is_part = self.processes.count > 1 and (source.are_parts or layer in sharded)
+                    is_part = self.processes.count > 1 and (source.are_parts or is_sharded(weights.get(layer)))
                     totals = reading.parts if is_part else reading.whole
                     totals.setdefault((source.name, fld), {})[layer] = x
-        self._weights = None
         return reading
 
     def _window_reading(self, window, moment, final):

@@ -111,12 +111,16 @@ def part_for_gram(matrix):
         part, share = local_part(matrix)
         part = part.flatten(1)
         return part, share, 'rows' if part.shape[0] < part.shape[1] else 'columns'
-    from torch.distributed.tensor import Shard
+    from torch.distributed.tensor import Replicate, Shard
     side = 'rows' if matrix.shape[0] < matrix.numel() // matrix.shape[0] else 'columns'
     axis = 1 if side == 'rows' else 0
-    placements = [Shard(axis) if placement.is_shard() and placement.dim % matrix.ndim != axis else placement
-                  for placement in matrix.placements]
-    if placements != list(matrix.placements):
-        matrix = matrix.detach().redistribute(placements=placements)
+    wanted = [placement if placement.is_replicate() or placement.dim % matrix.ndim == axis else Shard(axis)
+              for placement in matrix.placements]
+    if wanted != list(matrix.placements):
+        # What is sharded twice along one axis is gathered along it once: torch mixes up the rows of
+        # different columns otherwise.
+        once = [placement if placement.is_replicate() or type(placement) is Shard else Replicate()
+                for placement in matrix.placements]
+        matrix = matrix.detach().redistribute(placements=once).redistribute(placements=wanted)
     part, share = local_part(matrix)
     return part.flatten(1), share, side

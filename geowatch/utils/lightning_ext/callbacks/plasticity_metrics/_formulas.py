@@ -51,4 +51,4 @@ def binary_entropy(p):
         [0.0, 1.0, 0.8112781245, 0.0]
     """
     parts = [np.where(q > 0, q, 1.) for q in (p, 1 - p)]
-    return -sum(q * np.log2(q) for q in parts)
+    return 0. - sum(q * np.log2(q) for q in parts)

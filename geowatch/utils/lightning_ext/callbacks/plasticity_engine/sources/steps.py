@@ -7,7 +7,7 @@ the step is over. What it has found is taken with ``take``.
 import torch
 
 from ..sharding import count_of, is_sharded, local_part
-from ..statistics.sums import nonfinite, sums
+from ..statistics.sums import sums
 from ..statistics.tensors import functions_of
 
 # A gradient is scaled by a GradScaler: how a field grows with that scale.
@@ -122,12 +122,14 @@ class Updates(StepSource):
         >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.steps import Updates
         >>> import contextlib
         >>> import torch
-        >>> source, weight = Updates(['squares', 'before_squares'], lambda *args: contextlib.nullcontext()), torch.ones(1, 2)
+        >>> weight = torch.ones(1, 2)
+        >>> source = Updates(['squares', 'before_squares'], lambda *args: contextlib.nullcontext())
         >>> source.before_step({'fc': weight}, scale=1.)
         >>> weight[0, 0] = 4.
         >>> source.end_step({'fc': weight})
-        >>> {field: own['fc'].item() for field, own in source.take().items()}
-        {'squares': 9.0, 'before_squares': 2.0}
+        >>> found = source.take()
+        >>> found['squares']['fc'].item(), found['before_squares']['fc'].item()
+        (9.0, 2.0)
     """
     name = 'updates'
     most = 1 << 14
@@ -202,42 +204,44 @@ class Pieces(StepSource):
         super().__init__(fields, guard, processes)
         self._is_whole = False  # from the first micro-batch of the step on
         self._handles = []
-        self._sums = {}   # layer to field to a number
-        self._grown = {}  # sharded layer to its gradient so far
+        self._arrived = {}      # layer to the statistics of this micro-batch's piece
+        self._sums = {}         # layer to field to a number
+        self._grown = {}        # sharded layer to its gradient so far
 
     def begin_batch(self, weights, is_first=True):
         self.close()
         self._is_whole |= is_first
-        if not self._is_whole:
-            return
-        for layer, weight in weights.items():
-            if not is_sharded(weight):
-                self._handles.append(weight.register_hook(lambda grad, layer=layer: self._arrives(layer, grad)))
+        if self._is_whole:
+            for layer, weight in weights.items():
+                if not is_sharded(weight):
+                    self._handles.append(weight.register_hook(lambda grad, layer=layer: self._arrives(layer, grad)))
 
     def _arrives(self, layer, grad):
-        # DDP takes the mean over processes, of which this is one part.
         with torch.no_grad(), self._guard(self.name, self.fields):
-            self._add(layer, grad, 1., 1., self._processes)
+            # DDP takes the mean over processes, of which this is one part.
+            self._arrived[layer] = self._statistics(grad, 1., 1. / self._processes, 1.)
 
     def after_backward(self, weights):
         self.close()
+        arrived, self._arrived = self._arrived, {}
         with self._guard(self.name, self.fields):
             for layer, weight in weights.items():
-                if self._is_whole and is_sharded(weight) and weight.grad is not None:
+                if is_sharded(weight) and weight.grad is not None and self._is_whole:
                     part, share = local_part(weight.grad)
                     grown = self._grown.get(layer)
-                    piece = part if grown is None else part - grown
                     self._grown[layer] = part.clone()
-                    self._add(layer, piece, share, count_of(weight, share) / weight.numel(), 1)
+                    arrived[layer] = self._statistics(part if grown is None else part - grown, share, 1.,
+                                                      count_of(weight, share) / weight.numel())
+            for layer, own in arrived.items():
+                total = self._sums.setdefault(layer, {})
+                for field, x in own.items():
+                    total[field] = total.get(field, 0.) + x
 
-    def _add(self, layer, piece, share, count, divisor):
-        own = self._sums.setdefault(layer, dict.fromkeys(self.fields, 0.))
-        if 'count' in own:
-            own['count'] += count
-        if 'squares' in own:
-            own['squares'] += sums({layer: piece}, ['squares'])['squares'][layer] * (share / divisor ** 2)
-        if 'nonfinite' in own:
-            own['nonfinite'] += nonfinite(local_part(piece)[0]) * share
+    def _statistics(self, piece, share, scale, count):
+        found = {'count': count}
+        for field, own in sums({0: piece}, [field for field in ('squares', 'nonfinite') if field in self.fields]).items():
+            found[field] = own[0] * (share * scale ** _POWERS.get(field, 0))
+        return {field: found[field] for field in self.fields}
 
     def before_step(self, weights, scale):
         for layer in weights:

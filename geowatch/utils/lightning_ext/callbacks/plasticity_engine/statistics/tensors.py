@@ -23,12 +23,18 @@ def grams(tensors, fields):
         >>> grams({'a': torch.tensor([[3., 4.]])}, ['gram'])['gram']['a'].tolist()
         [[25.0]]
     """
-    found = {}
+    found, error = {}, None
     for name, tensor in tensors.items():
+        # All processes have to shard anew what all do, also if one has failed.
         part, share, side = part_for_gram(tensor)
-        found[name] = gram(part, side)
-        if share != 1:
-            found[name] *= share
+        try:
+            found[name] = gram(part, side)
+            if share != 1:
+                found[name] *= share
+        except Exception as ex:
+            error = ex
+    if error is not None:
+        raise error
     return {'gram': found}
 
 

@@ -58,8 +58,11 @@ class Modules:
         >>> import torch
         >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Sequential(torch.nn.ReLU()))
         >>> modules, paths = Modules(model), []
-        >>> with modules.followed(lambda module, args: paths.append(modules.enter(module).path),
-        >>>                       lambda module, args, *rest: list(modules.leave(module))):
+        >>> def entering(module, args):
+        >>>     paths.append(modules.enter(module).path)
+        >>> def leaving(module, args, *kwargs_and_output):
+        >>>     list(modules.leave(module))
+        >>> with modules.followed(entering, leaving):
         >>>     _ = model(torch.ones(1, 2))
         >>> paths, modules.path
         (['', '0', '1', '1.0'], '')
