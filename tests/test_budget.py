@@ -16,6 +16,7 @@ from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activation
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.capture import Capture
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.statistics.calls import Away
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.budget import Budget, fair_parts
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine.lightning import Moment
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.schedule import Schedule
 from geowatch.utils.lightning_ext.callbacks.plasticity_report import PlasticityReportCLI
 
@@ -187,13 +188,14 @@ def test_fair_parts_add_up():
 
 def test_a_schedule_that_has_to_wait():
     schedule, steps = Schedule(3), []
-    schedule.not_before = 4
+    schedule.wait(4)
     for step in range(9):
-        assert schedule.next_due(step) == next(s for s in range(step, 20) if s >= 4 and (s + 1) % 3 == 0)
-        schedule.tick(step, last=step == 3)
-        if schedule.owed:
+        moment = Moment(step, epoch=0, is_last=step == 3)
+        assert max(step, schedule.wake) == next(s for s in range(step, 20) if s >= 4 and (s + 1) % 3 == 0)
+        schedule.begin(moment)
+        if schedule.is_due(step):
             steps.append(step)
-            schedule.done()
+            schedule.done(moment)
     assert steps == [5, 8]
 
 

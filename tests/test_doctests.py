@@ -8,8 +8,8 @@ import xdoctest
 
 CALLBACKS = 'geowatch.utils.lightning_ext.callbacks'
 # What is asked for by the name of a package is looked for in all its modules.
-SEARCHED = ['geowatch.cli.fit', f'{CALLBACKS}.plasticity', f'{CALLBACKS}.plasticity_metrics',
-            f'{CALLBACKS}.plasticity_report']
+SEARCHED = ['geowatch.cli.fit', f'{CALLBACKS}.plasticity', f'{CALLBACKS}.plasticity_engine',
+            f'{CALLBACKS}.plasticity_metrics', f'{CALLBACKS}.plasticity_report']
 
 
 def test_every_module_of_the_wheel_is_searched():
@@ -31,7 +31,7 @@ def test_public_names_have_an_example():
     public = [FitCLI, plasticity.PlasticityMonitor]
     for module in (plasticity_metrics, plasticity_report):
         public += [getattr(module, name) for name in module.__all__]
-    public += plasticity_metrics.METRICS.values()
+    public += [metric.formula for metric in plasticity_metrics.METRICS.values()]
     for item in public:
         if callable(item):
             texts = [item.__doc__ or '', getattr(item, 'main', item).__doc__ or '']

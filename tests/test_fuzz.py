@@ -1,6 +1,7 @@
 """
 Whatever is given as argument or flag works, or is refused with the documented error.
 """
+import json
 import math
 
 import pytest
@@ -9,7 +10,10 @@ from hypothesis import strategies as st
 
 from geowatch.cli.fit import FitCLI
 from geowatch.utils.lightning_ext.callbacks.plasticity import PlasticityMonitor
-from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import METRICS, parse_metrics
+from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import GROUPS, METRICS, parse_metrics
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine.agenda import Agenda
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine.fit import read_memory
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine.lightning import Moment
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.schedule import Schedule
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.window import count_examples
 
@@ -20,7 +24,7 @@ anything = st.recursive(
 intervals = (st.sampled_from(['auto', 'epoch', '5 minutes', '2h', '30s', '1 day', '0.5 seconds', '1e3', '-1', '0',
                               ' 7 ', '+3', '٣', '²', '1_000', 'inf', 'nan', '5 min utes', '5', 'P1D', '1e999 s', 'now'])
              | st.integers(-3, 10**9).map(str) | st.text(max_size=8))
-names = st.sampled_from([*METRICS, 'all', '', ' ', 'erank ', 'Erank', 'wieght_mag', '@', 'grad_norm'])
+names = st.sampled_from([*METRICS, *GROUPS, 'all', '', ' ', 'erank ', 'Erank', 'wieght_mag', '@', 'grad_norm'])
 items = names | st.tuples(names, intervals).map('@'.join) | st.text(max_size=8)
 metrics = st.lists(items, max_size=4).map(','.join) | st.lists(items | anything, max_size=4) | anything
 many = settings(max_examples=300, deadline=None, derandomize=True)
@@ -39,14 +43,15 @@ def test_constructor(metrics, interval, source, samples, layers):
         assert str(ex)
         return
     assert monitor.source in ('auto', 'train', 'validation') and monitor.samples >= 1
-    assert set(monitor._intervals) <= set(METRICS) and monitor._intervals
-    for own in monitor._intervals.values():
+    intervals = monitor._settings.intervals
+    assert set(intervals) <= set(METRICS) and intervals
+    for own in intervals.values():
         if own != 'auto':
             schedule = Schedule(own)
             assert schedule.steps is None or schedule.steps >= 1
             assert schedule.seconds is None or 0 < schedule.seconds < math.inf
-            schedule.tick(0, last=True, now=0.)
-            assert schedule.owed
+            schedule.begin(Moment(0, epoch=0, is_last=True), now=0.)
+            assert schedule.is_due(0)
     assert monitor.state_dict() == {}
 
 
@@ -73,9 +78,13 @@ def test_any_state(state):
     monitor = PlasticityMonitor('erank')
     monitor.load_state_dict({'schedules': state, 'time': state, 'epoch': state})
     schedule = Schedule('5 minutes')
-    schedule.load_state_dict({'owed': state, 'measured': state, 'elapsed': state})
-    schedule.tick(0, now=3.)
-    assert schedule.since <= 3. or schedule.since > 0
+    schedule.load_state_dict({'next': state, 'epoch': state, 'left': state})
+    schedule.begin(Moment(0, epoch=0, is_last=False), now=3.)
+    assert schedule.is_due(0) in (True, False) and schedule.progress(3.) <= 1
+    assert isinstance(json.dumps(schedule.state_dict(4.)), str)
+    agenda = Agenda({'erank': 'epoch'})
+    agenda.load_state_dict({'erank': state, 'gone': state})
+    assert read_memory(state) == {} or isinstance(state, dict)
 
 
 flags = st.sampled_from(['metrics', 'interval', 'source', 'samples', 'layers', 'per_layer', 'budget', 'metric',

@@ -462,9 +462,9 @@ def test_a_resumed_run_is_one_run_and_a_sweep_is_not(tmp_path):
     assert [folder.name for folder in run.folders] == ['version_0', 'version_1']
     assert run.epochs == (0, 3)
     steps = [point.step for point in run.metrics['erank']]
-    assert len(steps) == 4 and steps == sorted(steps)
-    # 6 batches per epoch
-    assert run.to_epochs(steps) == [1, 2, 3, 4]
+    assert len(steps) == 5 and steps == sorted(steps)
+    # 6 batches per epoch, and the untrained network
+    assert run.to_epochs(steps) == [0, 1, 2, 3, 4]
     load_scalars(run)
     assert max(run.scalars['train_loss']) > 12 > min(run.scalars['train_loss'])
     for _ in range(2):

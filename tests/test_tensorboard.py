@@ -65,8 +65,8 @@ def test_page_shows_what_is_measured_only(tmp_path):
 
 
 def test_histograms_hold_the_layers(tmp_path):
-    _, trainer, lines, _ = fit(tmp_path, PlasticityMonitor(interval=2))
-    events = read(trainer.log_dir)
+    _, trainer, _, _ = fit(tmp_path, PlasticityMonitor(interval=2))
+    events, lines = read(trainer.log_dir), read_lines(trainer, start=True)
     assert events.Tags()['histograms'] == [f'plasticity_layers/{tag}' for tag in dict.fromkeys(
         line['metric'] for line in lines)]
     for tag in TAGS:
@@ -80,7 +80,8 @@ def test_histograms_hold_the_layers(tmp_path):
 
 
 def test_text_names_the_worst_layers(tmp_path):
-    _, trainer, lines, _ = fit(tmp_path, PlasticityMonitor(interval='epoch'), make_net(dead=4))
+    _, trainer, _, _ = fit(tmp_path, PlasticityMonitor(interval='epoch'), make_net(dead=4))
+    lines = read_lines(trainer, start=True)
     said = texts(read(trainer.log_dir))
     assert sorted(said) == sorted({line['step'] for line in lines})
     table = said[max(said)].splitlines()
@@ -120,7 +121,7 @@ def test_a_dashboard_that_fails_costs_itself_only(tmp_path, broken, monkeypatch,
     monkeypatch.setattr(SummaryWriter, broken, fails)
     _, trainer, lines, _ = fit(tmp_path, PlasticityMonitor('weight_mag@1'))
     assert trainer.global_step == 10
-    assert [event.step for event in read(trainer.log_dir).Scalars('plasticity/weight_mag')] == list(range(10))
+    assert [event.step for event in read(trainer.log_dir).Scalars('plasticity/weight_mag')] == list(range(-1, 10))
     assert [line['step'] for line in lines] == list(range(10))
     out, err = capsys.readouterr()
     assert out.count('The dashboard of TensorBoardLogger has failed') == 1 and err.count('Traceback') == 1

@@ -9,6 +9,7 @@ import time
 import warnings
 from dataclasses import dataclass, field
 
+import numpy as np
 from kwutil import util_pattern
 
 from ..plasticity_metrics import BUILT_IN, METRICS, PlasticityConfigError
@@ -290,7 +291,7 @@ class Fit:
     def load_state_dict(self, state):
         """ Go on from a checkpoint, which may be of another version: what cannot be read is left alone. """
         self.restored = state
-        self._memory = _read_memory(state.get('memory'))
+        self._memory = read_memory(state.get('memory'))
 
     # --- what is due ----------------------------------------------------------------------
 
@@ -519,10 +520,23 @@ class Fit:
             self.sinks.drop(lambda row: row['time'] > saved and is_stale(row))
 
 
-def _read_memory(saved):
-    import numpy as np
+def read_memory(saved):
+    """
+    Statistics of the last measurements, from a checkpoint.
+
+    Args:
+        saved (Any): as :meth:`Fit.state_dict` makes it, or of another version
+
+    Returns:
+        Dict[str, Dict[Tuple[str, str], Dict[str, ndarray | float]]]: by metric; empty if it cannot be read
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.fit import read_memory
+        >>> read_memory({'mine': [['weights', 'abs', {'fc1': 3.0}]]}), read_memory('odd')
+        ({'mine': {('weights', 'abs'): {'fc1': 3.0}}}, {})
+    """
     try:
-        return {name: {(source, fld): {layer: np.array(x) if isinstance(x, list) else float(x)
+        return {name: {(source, fld): {layer: np.array(x, dtype=float) if isinstance(x, list) else float(x)
                                        for layer, x in own.items()} for source, fld, own in tables}
                 for name, tables in saved.items()}
     except (AttributeError, TypeError, ValueError):

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 
 from ._errors import PlasticityConfigError
-from ._vocabulary import OF_A_LAYER, Need
+from ._vocabulary import OF_A_LAYER, SOURCES, Need
 from ._words import Words
 
 METRICS = {}
@@ -135,7 +135,7 @@ def metric(*, needs, network='mean', every='epoch', words=None, group=None, alon
 
 def in_order(names):
     """
-    Sort the metrics that come with the package: groups one after the other, in each the cheap ones first.
+    Sort metrics for people: groups one after the other, in each those of every log step first.
 
     Args:
         names (Iterable[str]): of METRICS
@@ -145,13 +145,17 @@ def in_order(names):
 
     Example:
         >>> from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._registry import in_order
-        >>> in_order(['stable_rank', 'dead_units', 'weight_mag', 'erank'])
-        ['weight_mag', 'erank', 'dead_units', 'stable_rank']
+        >>> in_order(['stable_rank', 'dead_units', 'grad_mag', 'weight_mag', 'erank'])
+        ['weight_mag', 'grad_mag', 'dead_units', 'erank', 'stable_rank']
     """
-    groups, sources = [*GROUPS, None], ['weights', 'gradients', 'updates', 'pieces', 'activations']
-    return sorted(names, key=lambda name: (
-        groups.index(METRICS[name].group), METRICS[name].every == 'epoch', sources.index(METRICS[name].sources[0]),
-        name))
+    groups, sources = [*GROUPS, None], list(SOURCES)
+
+    def place(name):
+        one = METRICS[name]
+        is_rare = one.every == 'epoch'
+        return groups.index(one.group), is_rare, 0 if is_rare else sources.index(one.sources[0]), name
+
+    return sorted(names, key=place)
 
 
 def members(group):
@@ -194,7 +198,7 @@ def parse_metrics(metrics):
         >>> parse_metrics('grad_mag@5')
         {'grad_mag': '5', 'grad_norm': '5'}
         >>> list(parse_metrics('paper'))
-        ['weight_mag', 'grad_mag', 'grad_norm', 'erank', 'dead_units', 'feature_erank']
+        ['weight_mag', 'grad_mag', 'grad_norm', 'dead_units', 'erank', 'feature_erank']
     """
     items = metrics.split(',') if isinstance(metrics, str) else metrics
     if not isinstance(items, (list, tuple)) or not all(isinstance(item, str) for item in items):
