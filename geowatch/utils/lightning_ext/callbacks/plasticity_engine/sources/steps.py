@@ -168,7 +168,7 @@ class Updates(StepSource):
 
     def _sample(self, weight):
         part = local_part(weight)[0]
-        stride = part.numel() // self.most | 1 if part.numel() > self.most else 1
+        stride = -(-part.numel() // self.most) | 1
         return part.flatten()[::stride] if stride > 1 else part
 
     def close(self):
