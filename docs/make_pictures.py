@@ -1,7 +1,7 @@
 """
 Make the README's pictures from a real run: the small scale of examples/online_permuted_mnist.py.
 
-`images/curves.png` is the report's picture of all metrics. `images/tensorboard.png`
+`images/curves.png` is the report's picture of the paper's metrics. `images/tensorboard.png`
 is a screenshot of TensorBoard; it needs chromium and chromedriver on the PATH,
 and selenium.
 

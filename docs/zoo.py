@@ -10,7 +10,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._activations import Capture
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.capture import Capture
 
 HEAD = """# Networks whose activations are all seen
 

@@ -206,8 +206,10 @@ def test_the_host_draws_the_default_tags_quickly(tmp_path):
     if not importlib.util.find_spec('geowatch.utils.lightning_ext.callbacks.tensorboard_plotter'):
         pytest.skip('geowatch is not installed')
     _, trainer, _, _ = fit(tmp_path, PlasticityMonitor(interval=1), max_epochs=20)
-    tags = read(trainer.log_dir).Tags()['scalars']
+    events = read(trainer.log_dir)
+    tags = events.Tags()['scalars']
     assert len([tag for tag in tags if tag.startswith('plasticity')]) == 6
+    assert events.Scalars('plasticity/erank')[0].step == -1  # which it has to draw as well
     # The host forks from a process that has imported all of this.
     code = '''
         import sys, time

@@ -1,83 +1,53 @@
 """
 Two metrics of your own for PlasticityMonitor: one of weights, one of activations.
 
-A metric turns what it looks at into statistics that add up over batches and
-processes, and statistics into values. PlasticityMonitor does the rest.
+A metric names the statistics that it needs, and is a NumPy function of those
+of one layer. PlasticityMonitor collects them, adds them up over batches and
+processes, and calls the function.
 
 CommandLine:
     geowatch fit --config=train.yaml \
         --trainer.callbacks+=my_metric.Monitor --trainer.callbacks.metrics=all
 """
-import torch
+import numpy as np
 
 from geowatch.utils.lightning_ext.callbacks.plasticity import PlasticityMonitor
-from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import METRICS, Metric, Result, column, ratio_of_sums
+from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import Words, metric
 
 
-class WeightRMS(Metric):
+@metric(
+    needs=('weights.squares', 'weights.count'),
+    network='sum',  # the network's value is the formula of the sums over all layers
+    every='log',    # interval='auto' is then log_every_n_steps
+    words=Words('Weight RMS', 'root of the mean squared weight', grows=1.5, why='Large weights turn slowly.'))
+def weight_rms(squares, count):
     """
-    Root of the mean squared weight. Logs ``weight_rms``.
+    Root of the mean squared weight.
 
     Example:
-        >>> metric = WeightRMS()
-        >>> weights = {'a': torch.tensor([[3., 3.]]), 'b': torch.tensor([[4.], [4.]])}
-        >>> result = metric.compute(metric.statistics(weights))['weight_rms']
-        >>> result.columns['value'].tolist(), round(float(result.value) ** 2, 6)
-        ([3.0, 4.0], 12.5)
+        >>> float(weight_rms(squares=25., count=1.)), float(weight_rms(squares=25. + 144., count=4.))
+        (5.0, 6.5)
     """
-    name = 'weight_rms'
-    tags = ('weight_rms',)
-    looks_at = 'weights'  # or 'gradients', which come to the same method
-    dear = False          # interval='auto' is then log_every_n_steps
-
-    def statistics(self, tensors, scale=1.):
-        return {
-            layer: {'squares': weight.detach().float().square().sum(),
-                    'count': torch.tensor(float(weight.numel()), device=weight.device)}
-            for layer, weight in tensors.items()}
-
-    def compute(self, stats):
-        squares, count = column(stats, 'squares'), column(stats, 'count')
-        # A layer that is not finite is left out of the value of the network.
-        value = ratio_of_sums(squares, count).sqrt()
-        return {'weight_rms': Result(value, list(stats), {'value': (squares / count).sqrt()})}
+    return np.sqrt(squares / count)
 
 
-class ActiveShare(Metric):
+@metric(
+    needs=('activations.positive', 'activations.samples'),
+    network='units',  # the network's value is the mean over layers, weighted by their units
+    every='epoch',
+    words=Words('Positive share', 'how often units are on, mean over units', shrinks=0.5, percent=True,
+                change_by_layer=False, why='Units that are seldom on seldom learn.'))
+def positive_share(positive, samples):
     """
-    Share of activations that are not saturated: 1 less the sparsity. Logs ``active_share``.
+    How often units are on; `never` is the share of those that never are.
 
     Example:
-        >>> metric, stats = ActiveShare(), {}
-        >>> metric.observe(stats, 'fc1', torch.tensor([[0., 1.], [0., 2.]]), 1, (0.,))
-        >>> metric.observe(stats, 'fc1', torch.tensor([[1., 1.]]), 1, (0.,))
-        >>> round(float(metric.compute(stats)['active_share'].value), 6)
-        0.666667
+        >>> positive_share(positive=np.array([0., 2., 4., 4.]), samples=4.)
+        {'value': 0.625, 'never': 0.25}
     """
-    name = 'active_share'
-    tags = ('active_share',)
-    looks_at = 'activations'
-    dear = True           # interval='auto' is then once per epoch
-
-    def observe(self, stats, site, output, axis, saturated):
-        if not saturated:
-            return  # such as leaky_relu
-        active = torch.stack([output != value for value in saturated]).all(0).sum()
-        count = torch.tensor(output.numel(), device=output.device)
-        if site in stats:
-            stats[site]['active'] += active
-            stats[site]['count'] += count
-        else:
-            stats[site] = {'active': active, 'count': count}
-
-    def compute(self, stats):
-        active, count = column(stats, 'active'), column(stats, 'count')
-        return {'active_share': Result(ratio_of_sums(active, count), list(stats), {'value': active / count})}
-
-
-# From here on users can write these names.
-for metric in (WeightRMS, ActiveShare):
-    METRICS[metric.name] = metric
+    share = positive / samples
+    # 'value' is the metric; further columns go into the layer's record.
+    return {'value': float(share.mean()), 'never': float((share == 0).mean())}
 
 
 class Monitor(PlasticityMonitor):

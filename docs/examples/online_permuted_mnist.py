@@ -279,7 +279,8 @@ def read_run(folder):
 
     Returns:
         Dict[str, List[float]]: of each task its online accuracy, and each metric as it was before that task; the
-        metrics have one value more, after the last task
+        metrics have one value more, after the last task. What was measured before the first step, with the step -1,
+        is left out, since epoch 0 measures the fresh network too
     """
     curves = {'online_accuracy': []}
     with open(Path(folder) / 'metrics.csv', newline='') as file:
@@ -287,7 +288,8 @@ def read_run(folder):
                                      if row.get('online_accuracy')]
     for line in (Path(folder) / 'plasticity.jsonl').read_text().splitlines():
         row = json.loads(line)
-        curves.setdefault(row['metric'], []).append(float('nan') if row['value'] is None else row['value'])
+        if row['step'] >= 0:
+            curves.setdefault(row['metric'], []).append(float('nan') if row['value'] is None else row['value'])
     return curves
 
 

@@ -47,9 +47,9 @@ TOY_TASK = ub.codeblock(
       num_sanity_val_steps: 0
       log_every_n_steps: 1
     ''') + '\n'
-# On training data, so that the first value is that of a network which has hardly learned: a run is compared with
-# its own start. Equally many examples each time, whatever the batch size.
-FIT_ARGS = '--plasticity_metrics=all --plasticity_interval=1 --plasticity_source=train --plasticity_samples=8'
+# A run is compared with its own start: with all of validation before the first step, that is the untrained network, on
+# the same examples as in each later measurement, whatever the batch size.
+FIT_ARGS = '--plasticity_metrics=paper --trainer.num_sanity_val_steps=-1'
 DONE = 'finished'
 
 
