@@ -3,8 +3,8 @@ What a test registers is gone after it.
 """
 import pytest
 
-from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import METRICS
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.functions import SATURATED_VALUES
+from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import METRICS
 
 # Before any module of tests has registered one of its own.
 BUILT_IN_ACTIVATIONS = tuple(SATURATED_VALUES)

@@ -11,13 +11,13 @@ from pytorch_lightning import Callback
 from pytorch_lightning.callbacks import LambdaCallback
 
 from geowatch.utils.lightning_ext.callbacks.plasticity import PlasticityMonitor
-from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import METRICS, Metric, PlasticityConfigError, Words
-from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations import looks
-from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.capture import Capture
-from geowatch.utils.lightning_ext.callbacks.plasticity_engine.statistics.calls import Away
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.budget import Budget, fair_parts
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.lightning import Moment
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.schedule import Schedule
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations import looks
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.capture import Capture
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine.statistics.calls import Away
+from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import METRICS, Metric, PlasticityConfigError, Words
 from geowatch.utils.lightning_ext.callbacks.plasticity_report import PlasticityReportCLI
 
 

@@ -17,9 +17,9 @@ from zoo import Kernels, Seen
 
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations import functions
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.capture import Capture, name_of
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.functions import register_activation
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.modules import fused_modules
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.sites import site_names
-from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.functions import register_activation
 
 
 def watch(model, *inputs, times=1, **kwargs):

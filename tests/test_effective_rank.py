@@ -8,8 +8,8 @@ from common import numpy_erank
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import effective_rank
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.statistics.spectrum import gram
+from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import effective_rank
 
 SHAPES = [(40, 7), (7, 40), (16, 16), (300, 20), (20, 300), (64, 63)]
 

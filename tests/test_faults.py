@@ -18,7 +18,20 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from common import ACTIVATIONS, TAGS, Net, Recorder, fit, last, lines_of, make_data, make_net, matrices, mean_abs, read_lines
+from common import (
+    ACTIVATIONS,
+    TAGS,
+    Net,
+    Recorder,
+    fit,
+    last,
+    lines_of,
+    make_data,
+    make_net,
+    matrices,
+    mean_abs,
+    read_lines,
+)
 from process_runs import killed_run, run_processes
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
@@ -250,7 +263,8 @@ def test_a_network_that_is_not_finite_has_no_value(tmp_path, source):
         def features(self, x):
             first, second = super().features(x)
             return first, torch.tanh(self.fc2(first * float('nan')))
-    _, trainer, lines, _ = fit(tmp_path, PlasticityMonitor('dead_units,units', interval=1, source=source), make_net(Bad))
+    monitor = PlasticityMonitor('dead_units,units', interval=1, source=source)
+    _, _, lines, _ = fit(tmp_path, monitor, make_net(Bad))
     for tag in ('dead_units', 'sign_entropy', 'rare_units'):
         for line in lines_of(lines, tag):
             own = line['layers']['tanh']

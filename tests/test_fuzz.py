@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 
 from geowatch.cli.fit import FitCLI
 from geowatch.utils.lightning_ext.callbacks.plasticity import PlasticityMonitor
-from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import GROUPS, METRICS, parse_metrics
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.agenda import Agenda
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.fit import read_memory
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.lightning import Moment
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.schedule import Schedule
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.window import count_examples
+from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import GROUPS, METRICS, parse_metrics
 
 anything = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12) | st.binary(max_size=4),

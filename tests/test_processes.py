@@ -23,7 +23,8 @@ class Ran:
         if kwargs.get('strategy') == 'fsdp2' and not CAN_SHARD_ON_CPU:
             pytest.skip('FSDP2 does not run on a CPU with this version of torch or of Lightning')
         Path(folder).mkdir(exist_ok=True)
-        defaults = {'strategy': 'ddp', 'how': 'even', 'fault': None, 'epochs': 2, 'sleep': 0., 'monitor': None, 'toys': 0}
+        defaults = {'strategy': 'ddp', 'how': 'even', 'fault': None, 'epochs': 2, 'sleep': 0., 'monitor': None,
+                    'toys': 0}
         self.codes = run_processes(train_together, count, str(folder), *{**defaults, **kwargs}.values())
         self.said = [(Path(folder) / f'rank{rank}.txt').read_text() for rank in range(count)]
         assert self.codes == [0] * count, self.said

@@ -446,7 +446,9 @@ def test_real_runs_of_two_loggers(tmp_path, capsys):
     for record in records:
         lines = [json.loads(text) for text in open(os.path.join(record['folder'], 'plasticity.jsonl'))]
         for name in ('weight_mag', 'grad_mag', 'grad_norm', 'dead_units', 'erank', 'feature_erank'):
-            values = [item['value'] for item in lines if item['metric'] == name]
+            # A rank of the first batch is no start to compare with: it has fewer examples than an epoch.
+            values = [item['value'] for item in lines if item['metric'] == name
+                      and (item['step'] >= 0 or name != 'feature_erank')]
             assert len(values) > 1
             assert (record[f'{name}.start'], record[f'{name}.end']) == (values[0], values[-1])
         assert record['train_loss.points'] > 1
@@ -470,6 +472,30 @@ def test_a_resumed_run_is_one_run_and_a_sweep_is_not(tmp_path):
     for _ in range(2):
         fit(tmp_path / 'b', 0.1, 4, 2)
     assert len(load_runs([tmp_path / 'b'])[0]) == 2
+
+
+@pytest.mark.parametrize('first, kept', [(8, [4]), (20, [-1, 4]), (None, [-1, 4])])
+def test_a_rank_of_few_examples_is_no_start(tmp_path, first, kept):
+    """ Below half of those that come after it: of ranks of features, not of what else is measured on them. """
+    lines = [{'metric': name, 'step': step, 'epoch': 0, 'samples': samples, 'value': 5., 'layers': {}}
+             for name in ('feature_erank', 'dead_units', 'mine') for step, samples in ((-1, first), (4, 37))]
+    (tmp_path / 'plasticity.jsonl').write_text('\n'.join(map(json.dumps, lines)))
+    run = only_run(tmp_path)
+    assert [point.step for point in run.metrics['feature_erank']] == kept
+    for name in ('dead_units', 'mine'):
+        assert [point.step for point in run.metrics[name]] == [-1, 4]
+    assert any('feature_erank of the untrained network' in note for note in run.notes) == (kept == [4])
+
+
+def test_words_of_a_users_metric_come_with_its_run(tmp_path):
+    words = {'title': 'Mine', 'about': 'a number', 'rises': 0.2, 'why': 'It should not.', 'odd': 1, 'grows': 'much'}
+    lines = [{'metric': 'mine', 'step': step, 'epoch': step, 'value': value, 'layers': {}}
+             for step, value in enumerate((0.1, 0.2, 0.4, 0.6))]
+    lines[0]['words'] = words
+    (tmp_path / 'plasticity.jsonl').write_text('\n'.join(map(json.dumps, lines)))
+    findings = find(make_table([only_run(tmp_path)]))
+    (sign,) = [finding for finding in findings if finding.kind == 'sign']
+    assert 'mine 0.1 -> 0.6' in sign.text and sign.why == 'It should not.'
 
 
 # --- the page in a browser ------------------------------------------------

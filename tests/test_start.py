@@ -207,7 +207,8 @@ def test_wandb_takes_it(tmp_path, monkeypatch):
     monkeypatch.setenv('WANDB_SILENT', 'true')
     logger, calls = WandbLogger(save_dir=tmp_path, offline=True), []
     log = logger.experiment.log
-    monkeypatch.setattr(logger.experiment, 'log', lambda values, **kwargs: calls.append(values) or log(values, **kwargs))
+    monkeypatch.setattr(logger.experiment, 'log',
+                        lambda values, **kwargs: calls.append(values) or log(values, **kwargs))
     _, trainer, _, _ = fit(tmp_path, PlasticityMonitor('weight_mag,dead_units', interval='epoch'), logger=logger)
     logger.experiment.finish()
     steps = [own['trainer/global_step'] for own in calls if 'plasticity/weight_mag' in own]

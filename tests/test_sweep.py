@@ -41,7 +41,7 @@ def test_trains_reports_and_goes_on(tmp_path):
     assert run.returncode == 0, run.stdout[-3000:]
     (fpath,) = tmp_path.glob('lr0.001-bs2/lightning_logs/*/plasticity.jsonl')
     lines = [json.loads(line) for line in fpath.read_text().splitlines()]
-    assert [line['step'] for line in lines] == [0, 1]
+    assert [line['step'] for line in lines] == [-1, 0, 1]
     assert (tmp_path / 'report/report.html').exists()
     before = fpath.read_text()
 

@@ -19,9 +19,9 @@ import torch
 from tools import Batches, lightning_resnet, resnet, run_lightning
 
 from geowatch.utils.lightning_ext.callbacks.plasticity import PlasticityMonitor
-from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import METRICS, effective_rank
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.capture import Capture
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.weights import weights_of
+from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import METRICS, effective_rank
 
 HOOKS = ('setup', 'teardown', *(name for name in vars(PlasticityMonitor) if name.startswith('on_')))
 

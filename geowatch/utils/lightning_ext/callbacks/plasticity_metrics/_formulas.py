@@ -52,3 +52,26 @@ def binary_entropy(p):
     """
     parts = [np.where(q > 0, q, 1.) for q in (p, 1 - p)]
     return 0. - sum(q * np.log2(q) for q in parts)
+
+
+def of_rows(value, spectrum, rows, units):
+    """
+    Columns of a number that comes of the spectrum of a feature matrix.
+
+    Args:
+        value (float): the number
+        spectrum (ndarray): of shape (units used,)
+        rows (float): of the matrix: no rank can exceed them
+        units (float): of the layer
+
+    Returns:
+        Dict[str, float]: with 'units_used' where that is not all of them
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._formulas import of_rows
+        >>> import numpy as np
+        >>> of_rows(2., np.ones(4), rows=100., units=4.), of_rows(2., np.ones(4), rows=100., units=9.)
+        ({'value': 2.0, 'rows': 100.0}, {'value': 2.0, 'rows': 100.0, 'units_used': 4})
+    """
+    columns = {'value': value, 'rows': rows}
+    return columns if len(spectrum) == units else {**columns, 'units_used': len(spectrum)}

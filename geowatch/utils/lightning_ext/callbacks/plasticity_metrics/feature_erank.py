@@ -11,7 +11,7 @@ References:
     .. [Dohare2024] Dohare et al., "Loss of plasticity in deep continual
        learning", Nature 632, 768, 2024; arXiv 2306.13812, section 4.
 """
-from ._formulas import entropy_rank
+from ._formulas import entropy_rank, of_rows
 from ._registry import metric
 from ._words import Words
 
@@ -31,7 +31,4 @@ def feature_erank(spectrum, rows, units):
         >>> feature_erank(np.array([2.]), rows=6., units=1)
         {'value': 1.0, 'rows': 6.0}
     """
-    columns = {'value': entropy_rank(spectrum), 'rows': rows}
-    if len(spectrum) < units:
-        columns['units_used'] = len(spectrum)
-    return columns
+    return of_rows(entropy_rank(spectrum), spectrum, rows, units)

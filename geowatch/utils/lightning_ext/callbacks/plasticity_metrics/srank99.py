@@ -9,6 +9,7 @@ References:
 """
 import numpy as np
 
+from ._formulas import of_rows
 from ._registry import metric
 from ._words import Words
 
@@ -16,22 +17,23 @@ SHARE = 0.99
 
 
 @metric(
-    needs=('activations.spectrum',), group='ranks',
+    needs=('activations.spectrum', 'activations.rows', 'activations.units'), group='ranks',
     words=Words(
         'srank99 of features', 'singular values that hold 99 % of the features, mean over layers', shrinks=0.8,
         why='Features of fewer dimensions leave less to build something new from.'))
-def srank99(spectrum):
+def srank99(spectrum, rows, units):
     """
     Singular values that hold 99 % of the sum [Kumar2021]_.
 
     Example:
         >>> from geowatch.utils.lightning_ext.callbacks.plasticity_metrics.srank99 import srank99
         >>> import numpy as np
-        >>> srank99(np.array([1., 2., 3., 4.])), srank99(np.zeros(3)), srank99(np.array([0., 1., 1000.]))
-        (4.0, 0.0, 1.0)
+        >>> [srank99(np.array(values), rows=50., units=3.)['value'] for values in (
+        >>>     [1., 2., 3.], [0., 0., 0.], [0., 1., 1000.])]
+        [3.0, 0.0, 1.0]
     """
     held = np.cumsum(np.sort(spectrum)[::-1])
-    if not np.isfinite(held[-1]):
-        return np.nan
     # A part in 10^12 for what rounding takes from a sum that is just reached.
-    return float(1 + np.argmax(held >= SHARE * held[-1] * (1 - 1e-12))) if held[-1] > 0 else 0.
+    least = 1. + np.argmax(held >= SHARE * held[-1] * (1 - 1e-12))
+    # Neither zeros nor numbers that are not finite have a share.
+    return of_rows(float(least if held[-1] > 0 else held[-1]), spectrum, rows, units)

@@ -26,8 +26,8 @@ class PlasticityReportCLI(scfg.DataConfig):
     Draw the plasticity metrics of one run, or of several compared.
 
     Writes report.html, which opens offline, and PNG files: one per metric
-    with all runs in it, one of all metrics, and one per run and metric with
-    its layers. Exits with 2 where a folder holds no data.
+    with all runs in it, one with those of the paper, and one per run and
+    metric with its layers. Exits with 2 where a folder holds no data.
     """
     __command__ = 'plasticity_report'
     __epilog__ = ub.codeblock(

@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 
 from .settings import read_settings
-from .words import learn
+from .words import is_rank_of_features, learn
 
 MEASUREMENTS = 'plasticity.jsonl'
 # Parts of a path that say nothing about a run.
@@ -223,12 +223,26 @@ def _join(parts):
                 for later in [s for s in points if s > step]:
                     del points[later]
         own[step] = Point(**row)
+    few = sorted(name for name, points in metrics.items() if _drop_small_start(name, points))
+    if few:
+        notes.append(f'{", ".join(few)} of the untrained network had far fewer examples than later, so that it is '
+                     'left out (num_sanity_val_steps=-1 gives it as many)')
     if rewound:
         notes.append(f'steps begin again at {min(rewound)} (a resume?): later lines stand for earlier ones')
     if not parts[0].settings:
         notes.append('no settings found (config.yaml, or hparams.yaml of self.save_hyperparameters())')
     metrics = {name: list(points.values()) for name, points in metrics.items() if points}
     return Run([part.folder for part in parts], metrics, parts[-1].settings, notes)
+
+
+def _drop_small_start(name, points):
+    """ The rank of few examples is small whatever the network is: it is no start to compare with. """
+    start, *later = points.values()
+    is_small = (is_rank_of_features(name) and start.step < 0 and later and start.samples and later[0].samples
+                and start.samples < 0.5 * later[0].samples)
+    if is_small:
+        del points[start.step]
+    return is_small
 
 
 # --- names ----------------------------------------------------------------

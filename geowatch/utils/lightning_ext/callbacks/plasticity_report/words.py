@@ -56,6 +56,25 @@ def describe(metric):
     return METRICS[metric].words if metric in METRICS else _LEARNED.get(metric) or Words(metric)
 
 
+def is_rank_of_features(metric):
+    """
+    Whether a metric comes from the spectrum of features, and so depends on the number of examples.
+
+    Args:
+        metric (str): its name
+
+    Returns:
+        bool:
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_report.words import is_rank_of_features
+        >>> is_rank_of_features('srank99'), is_rank_of_features('erank'), is_rank_of_features('dead_units')
+        (True, False, False)
+    """
+    return metric in METRICS and any(
+        need.source == 'activations' and 'spectrum' in need.field for need in METRICS[metric].needs)
+
+
 def in_order(runs):
     """
     All metrics of some runs, those of the paper first.

@@ -238,10 +238,10 @@ class Pieces(StepSource):
                     total[field] = total.get(field, 0.) + x
 
     def _statistics(self, piece, share, scale, count):
-        found = {'count': count}
-        for field, own in sums({0: piece}, [field for field in ('squares', 'nonfinite') if field in self.fields]).items():
-            found[field] = own[0] * (share * scale ** _POWERS.get(field, 0))
-        return {field: found[field] for field in self.fields}
+        read = [field for field in ('squares', 'nonfinite') if field in self.fields]
+        found = {field: own[0] * (share * scale ** _POWERS.get(field, 0))
+                 for field, own in sums({0: piece}, read).items()}
+        return {'count': count, **found}
 
     def before_step(self, weights, scale):
         for layer in weights:

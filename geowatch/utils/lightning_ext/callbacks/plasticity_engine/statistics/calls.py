@@ -102,8 +102,12 @@ class Positive(CallStatistic):
 
     def add(self, own, call):
         """ See :class:`.CallStatistic`. """
-        on = call.output > call.level
-        _add(own, 'positive', double(on.sum(call.others) if call.others else on))
+        # On a CPU the sum of a sign takes a third of the time of that of a comparison.
+        on = call.output > call.level if call.level else torch.sign(call.output).clamp_(min=0)
+        if call.others:
+            # float32 counts to 2^24, half precision hardly.
+            on = on.sum(call.others, dtype=torch.float32 if call.samples < 1 << 24 else torch.int64)
+        _add(own, 'positive', double(on))
 
 
 def _add(own, field, tensor):

@@ -162,7 +162,8 @@ def saturated_values(name, args=(), kwargs=None):
         Tuple[float, ...] | None: None if it is not an activation
 
     Example:
-        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.functions import saturated_values
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.functions import (
+        >>>     saturated_values)
         >>> saturated_values('elu', (None, 0.5)), saturated_values('prelu'), saturated_values('softmax')
         ((-0.5,), (), None)
     """
