@@ -21,9 +21,9 @@ HERE = Path(__file__).parent
 RIVALS = ('ormas-monitor', 'fastai', 'wandb', 'torch-module-monitor', 'weightwatcher', 'mosaicml')
 # What mosaicml needs, where it cannot be installed with this torch and is installed alone.
 ALONE = {'mosaicml': ('coolname', 'py-cpuinfo', 'mosaicml-cli', 'tabulate', 'torch_optimizer')}
-ROWS = ('steps', 'quiet_step', 'one_read', 'erank_resnet', 'erank_wide', 'feature_erank', 'default_run', 'short_run',
-        'geowatch_run', 'imports', 'growth')
-TOOLS = ('ours: weight_mag, grad_mag, dead_units', 'ours: all five metrics', 'ormas-monitor',
+ROWS = ('steps', 'quiet_step', 'one_read', 'erank_resnet', 'erank_wide', 'feature_erank', 'registry', 'default_run',
+        'short_run', 'geowatch_run', 'imports', 'growth')
+TOOLS = ('ours: weight_mag, grad_mag, dead_units', 'ours: those of the paper', 'ours: all', 'ormas-monitor',
          'fastai ActivationStats', 'Composer ActivationMonitor', 'wandb.watch(log="all")', 'torch-module-monitor',
          'Lightning grad_norm')
 

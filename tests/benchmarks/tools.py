@@ -96,6 +96,10 @@ def ours(batches, metrics='weight_mag,grad_mag,dead_units'):
     run_lightning(batches, [monitor])
 
 
+def ours_paper(batches):
+    ours(batches, 'paper')
+
+
 def ours_all(batches):
     ours(batches, 'all')
 
@@ -202,8 +206,9 @@ def composer(batches):
 
 
 TOOLS = {
-    'ours: weight_mag, grad_mag, dead_units': ours, 'ours: all five metrics': ours_all,
-    'ormas-monitor': ormas, 'fastai ActivationStats': fastai, 'Composer ActivationMonitor': composer,
+    'ours: weight_mag, grad_mag, dead_units': ours, 'ours: those of the paper': ours_paper,
+    'ours: all': ours_all, 'ormas-monitor': ormas, 'fastai ActivationStats': fastai,
+    'Composer ActivationMonitor': composer,
     'wandb.watch(log="all")': wandb_watch, 'torch-module-monitor': module_monitor,
     'Lightning grad_norm': lightning_grad_norm,
 }
