@@ -39,7 +39,7 @@ from torch.overrides import _get_current_function_mode
 from torch.utils.data import DataLoader
 
 from geowatch.utils.lightning_ext.callbacks.plasticity import PlasticityMonitor
-from geowatch.utils.lightning_ext.callbacks.plasticity_engine import fit as engine_fit
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine import publisher
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sinks import JsonLines
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.statistics import calls, tensors
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.statistics import rows as rows_of_features
@@ -303,8 +303,8 @@ def test_a_transfer_that_fails(tmp_path, monkeypatch, capsys):
             raise RuntimeError('the device has failed')
         calls.append(tables)
         return to_host(tables)
-    to_host, calls = engine_fit.to_host, []
-    monkeypatch.setattr(engine_fit, 'to_host', fails_with_spectra)
+    to_host, calls = publisher.to_host, []
+    monkeypatch.setattr(publisher, 'to_host', fails_with_spectra)
     _, trainer, lines, _ = fit(tmp_path, PlasticityMonitor('weight_mag@1,erank@3,dead_units@epoch'))
     assert trainer.global_step == 10
     # What was to be moved together is off from then on.

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from geowatch.cli.fit import FitCLI
 from geowatch.utils.lightning_ext.callbacks.plasticity import PlasticityMonitor
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.agenda import Agenda
-from geowatch.utils.lightning_ext.callbacks.plasticity_engine.fit import read_memory
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.lightning import Moment
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine.publisher import read_memory
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.schedule import Schedule
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.window import count_examples
 from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import GROUPS, METRICS, parse_metrics

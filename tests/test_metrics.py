@@ -21,9 +21,9 @@ from common import (
 )
 
 from geowatch.utils.lightning_ext.callbacks.plasticity import PlasticityMonitor
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources import STEP_SOURCES
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.sites import Site
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.window import Window
-from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.steps import STEP_SOURCES
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.statistics.calls import makers_of
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.statistics.tensors import STATISTICS, functions_of
 from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import (

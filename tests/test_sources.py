@@ -14,7 +14,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from test_processes import Ran
 
 from geowatch.utils.lightning_ext.callbacks.plasticity import PlasticityMonitor
-from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.steps import Pieces, Updates
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources import Pieces, Updates
 
 
 @pytest.fixture(autouse=True)

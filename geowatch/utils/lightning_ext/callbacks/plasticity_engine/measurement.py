@@ -79,6 +79,28 @@ def needed_keys(metrics, support=True):
     return list(dict.fromkeys(keys))
 
 
+def needing(metrics, source, fields):
+    """
+    Those of some metrics that need any of some additive fields of a source.
+
+    Args:
+        metrics (Dict[str, Metric]): by name
+        source (str): a key of SOURCES
+        fields (Collection[str]): additive ones
+
+    Returns:
+        List[str]: names
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.measurement import needing
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import METRICS
+        >>> needing(METRICS, 'weights', ['gram'])
+        ['erank', 'spectral_norm', 'stable_rank']
+    """
+    return [name for name, metric in metrics.items() if source in metric.sources
+            and any((source, field) in additive_keys([metric]) for field in fields)]
+
+
 def derive(totals, keys, guard):
     """
     Make the fields that formulas take, and give sites their names.

@@ -4,6 +4,8 @@ The weights of a network.
 import torch
 from torch.nn.parameter import is_lazy
 
+from .step import StepSource
+
 _WRAPPERS = {'_orig_mod', '_fsdp_wrapped_module', '_checkpoint_wrapped_module', '_forward_module'}
 
 
@@ -87,3 +89,22 @@ def why_not_a_weight(param):
     if param.layout is not torch.strided or not param.numel():
         return 'sparse or empty'
     return None
+
+
+class Weights(StepSource):
+    """
+    The weights after the step.
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.weights import Weights
+        >>> import contextlib
+        >>> import torch
+        >>> source = Weights(['abs'], lambda *args: contextlib.nullcontext())
+        >>> source.end_step({'fc': torch.tensor([[1., -3.]])})
+        >>> source.take()['abs']['fc'].item()
+        4.0
+    """
+    name = 'weights'
+
+    def end_step(self, weights):
+        self._add_tensors(weights)

@@ -1,0 +1,228 @@
+"""
+From readings to lines: one exchange and one sum over processes, one transfer, formulas, sinks.
+"""
+import time
+
+import numpy as np
+
+from ..plasticity_metrics import BUILT_IN
+from .lightning import steps_of
+from .measurement import additive_keys, derive, evaluate, needed_keys, needing, to_host
+from .processes import contradictions, layout_of
+
+
+class Publisher:
+    """
+    Makes lines of what a fit has collected, on all processes alike, and hands them out.
+
+    Args:
+        fit (Fit): whose metrics, agenda, windows, faults, processes, sinks and budget it uses
+        memory (Any): what a checkpoint holds of the last measurements, see :func:`read_memory`
+
+    Attributes:
+        measured (Set[str]): metrics that have a line, that of the untrained network left out
+        memory (Dict[str, dict]): metric to its statistics at the last
+            measurement, of those that need them
+    """
+
+    def __init__(self, fit, memory=None):
+        self.measured = set()
+        self.memory = read_memory(memory)
+        self._fit = fit
+        self._known_words = set(BUILT_IN)
+        self._shared = None  # numbers of the budget that all processes know
+
+    def publish(self, readings, asks=False):
+        """
+        Add up over processes, move all numbers to the host at once, compute, hand out.
+
+        All processes come here with readings of the same metrics.
+
+        Args:
+            readings (List[Reading]): windows that some process has not filled stay open
+            asks (bool): whether to talk to other processes even if there is none
+        """
+        if not readings and not asks:
+            return
+        fit = self._fit
+        with fit.faults.spending(list(dict.fromkeys(name for reading in readings for name in reading.metrics))):
+            readings = self._combine(readings)
+            tables = self._numbers(readings)
+            lines = [self._lines(reading, numbers) for reading, numbers in zip(readings, tables, strict=True)]
+            for own in filter(None, lines):
+                fit.drop_repeated_lines(own)
+                fit.sinks.write(own)
+        measured = {line['metric'] for own in lines for line in own if line['step'] >= 0}
+        self.measured |= measured
+        if fit.budget is not None and measured:
+            fit.budget.count(measured)
+            self._keep_to_the_budget()
+
+    # --- over all processes ---------------------------------------------------
+
+    def _combine(self, readings):
+        """ The readings that are complete, of all processes, without what has failed on any. """
+        fit = self._fit
+        messages = fit.processes.exchange(self._message(readings))
+        self._shared = messages[0]['spent']
+        fit.agenda.set_the_clock(fit.moment.step, messages[0]['now'])
+        layouts = [message['layout'] for message in messages]
+        self._switch_off(messages, contradictions(layouts))
+        kept = []
+        for index, reading in enumerate(readings):
+            reading.metrics = [name for name in reading.metrics if name in fit.metrics]
+            if reading.metrics and self._is_complete(reading, [message['examples'][index] for message in messages]):
+                kept.append(index)
+        needed = {(index, key) for index in kept
+                  for key in additive_keys([fit.metrics[name] for name in readings[index].metrics])}
+        layouts = [[entry for entry in layout if (entry[0], (entry[1], entry[2])) in needed] for layout in layouts]
+        sums = fit.processes.add_up([reading.parts for reading in readings], layouts)
+        for index in kept:
+            readings[index].parts = sums[index]
+            self._close(readings[index], [message['has'][index] for message in messages])
+        return [readings[index] for index in kept]
+
+    def _message(self, readings):
+        fit = self._fit
+        return {
+            'failed': sorted(fit.faults.failed), 'now': time.monotonic(),
+            'has': [[name for name in reading.metrics if name in fit.metrics and reading.has(fit.metrics[name])]
+                    for reading in readings],
+            'examples': [reading.window and reading.window.examples for reading in readings],
+            'layout': layout_of([reading.parts for reading in readings]) if fit.processes.count > 1 else [],
+            'spent': fit.budget and fit.budget.numbers()}
+
+    @staticmethod
+    def _is_complete(reading, examples):
+        """ Whether all processes have seen enough; where they have not, the next question comes later. """
+        window = reading.window
+        if window is None:
+            return True
+        reading.examples = sum(examples)
+        if reading.final:
+            return True
+        progress = min(examples) / window.wanted
+        window.poll.answer(window.batches, progress)
+        return progress >= 1
+
+    def _close(self, reading, has):
+        """ Note what is measured: also if its values cannot be computed here, since all processes have to agree. """
+        if reading.window is not None:
+            self._fit.looks.close(reading.window)
+            return
+        reading.metrics = [name for name in reading.metrics if any(name in own for own in has)]
+        if reading.moment.step >= 0:
+            self._fit.agenda.done(reading.metrics, reading.moment)
+
+    def _switch_off(self, messages, contradictory):
+        """ What cannot be measured on one process is not measured on any. """
+        fit, gone = self._fit, set()
+        for (source, field), why in contradictory.items():
+            names = needing(fit.metrics, source, [field])
+            gone.update(names)
+            if fit.processes.rank == 0:
+                print(f'PlasticityMonitor: {", ".join(names)} differs between processes and will not be measured '
+                      f'any more: {source}.{field} of {why}')
+        failed = [set(message['failed']) for message in messages]
+        # The first of those on which it failed says so.
+        fit.faults.say(set().union(*failed[:fit.processes.rank]))
+        for name in gone.union(*failed):
+            fit.faults.failed.pop(name, None)
+            fit.looks.drop(name)
+            if fit.metrics.pop(name, None):
+                fit.agenda.drop(name)
+
+    # --- numbers and lines ----------------------------------------------------
+
+    def _numbers(self, readings):
+        """ For each reading the statistics as the formulas take them, on the host. """
+        fit, tables = self._fit, []
+        for reading in readings:
+            metrics = {name: fit.metrics[name] for name in reading.metrics}
+
+            def guard(source, field, metrics=metrics):
+                return fit.faults.guard([name for name, metric in metrics.items()
+                                         if (source, field) in needed_keys([metric])])
+            totals = {key: {**reading.whole.get(key, {}), **reading.parts.get(key, {})}
+                      for key in [*reading.whole, *reading.parts]}
+            tables.append(derive(totals, needed_keys(metrics.values()), guard))
+        with fit.faults.guard([name for reading in readings for name in reading.metrics]):
+            return to_host(tables)
+        return [{} for _ in readings]
+
+    def _lines(self, reading, numbers):
+        lines, now = [], time.time()
+        for name in reading.metrics:
+            if name in self._fit.faults.failed:
+                continue
+            with self._fit.faults.guard([name]):
+                metric = self._fit.metrics[name]
+                value, layers = evaluate(metric, numbers, self.memory.get(name))
+                self._remember(metric, numbers)
+                if layers:
+                    lines.append({'metric': name, 'step': reading.moment.step, 'epoch': reading.moment.epoch,
+                                  'time': now, 'samples': reading.examples, 'value': value, 'layers': layers,
+                                  **self._words(metric)})
+        return lines
+
+    def _remember(self, metric, numbers):
+        keys = [(need.source, need.field) for need in metric.needs if need.before]
+        if keys:
+            self.memory[metric.name] = {key: numbers.get(key, {}) for key in keys}
+
+    def _words(self, metric):
+        """ The first line of a user's metric brings its words along, so that the report judges it like ours. """
+        if metric.name in self._known_words:
+            return {}
+        self._known_words.add(metric.name)
+        return {'words': vars(metric.words)}
+
+    # --- the budget -----------------------------------------------------------
+
+    def _keep_to_the_budget(self):
+        """ Let what is too expensive wait, on all processes alike, and say so. """
+        fit = self._fit
+        step = max(fit.moment.step, 0)
+        # Several processes need the same numbers: what the first one knew when they last agreed.
+        numbers = fit.budget.numbers() if fit.processes.count == 1 else self._shared
+        # A run that goes on may begin with a validation, before any step of its own.
+        steps = 1 if fit.first_step is None else max(step - fit.first_step, 0) + 1
+        schedules = fit.agenda.schedules
+        asked = {name: steps_of(schedule, fit.trainer, steps, numbers['seconds'])
+                 for name, schedule in schedules.items()}
+        overhead, waits = fit.budget.plan(numbers, steps, asked)
+        intervals = {}
+        for name, schedule in schedules.items():
+            wait = waits.get(name, 0)
+            schedule.wait(step + wait)
+            intervals[name] = wait if wait > asked[name] else schedule.steps or schedule.interval
+        fit.sinks.write([{'metric': 'overhead', 'step': step, 'epoch': fit.trainer.current_epoch, 'time': time.time(),
+                          'samples': None, 'value': overhead, 'layers': {}, 'intervals': intervals}], dashboard=False)
+
+    def state_dict(self):
+        """ The memory as plain values, for a checkpoint. """
+        return {name: [[*key, {layer: x.tolist() if hasattr(x, 'tolist') else x for layer, x in own.items()}]
+                       for key, own in tables.items()] for name, tables in self.memory.items()}
+
+
+def read_memory(saved):
+    """
+    Statistics of the last measurements, from a checkpoint.
+
+    Args:
+        saved (Any): as :meth:`Publisher.state_dict` makes it, or of another version
+
+    Returns:
+        Dict[str, Dict[Tuple[str, str], Dict[str, ndarray | float]]]: by metric; empty if it cannot be read
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.publisher import read_memory
+        >>> read_memory({'mine': [['weights', 'abs', {'fc1': 3.0}]]}), read_memory('odd')
+        ({'mine': {('weights', 'abs'): {'fc1': 3.0}}}, {})
+    """
+    try:
+        return {name: {(source, field): {layer: np.array(x, dtype=float) if isinstance(x, list) else float(x)
+                                         for layer, x in own.items()} for source, field, own in tables}
+                for name, tables in saved.items()}
+    except (AttributeError, TypeError, ValueError):
+        return {}

@@ -1,0 +1,68 @@
+"""
+What sources have in common whose statistics are those of one optimizer step.
+
+Each says when it looks: as a batch begins, before an optimizer steps, and when
+the step is over. What it has found is taken with ``take``.
+"""
+from ..statistics.tensors import functions_of
+
+# A gradient is scaled by a GradScaler: how a field grows with that scale.
+POWERS = {'abs': 1, 'squares': 2, 'gram': 2}
+
+
+class StepSource:
+    """
+    Yields tensors of one step once, and keeps their statistics until they are taken.
+
+    Args:
+        fields (Collection[str]): additive ones that are needed at this step
+        guard (Callable): guard(source, fields) is a context in which a failure
+            of the fields stays
+        processes (int): how many train together
+
+    Attributes:
+        name (str): a key of SOURCES
+        are_parts (bool): if True, each process has statistics of its own to
+            be added up, whatever the layout of the weights
+        sees_backward (bool): if True, it is told of batches and backward passes
+    """
+    name = None
+    are_parts = False
+    sees_backward = False
+
+    def __init__(self, fields, guard, processes=1):
+        self.fields = set(fields)
+        self._guard = guard
+        self._processes = processes
+        self._found = {}
+
+    def begin_batch(self, weights, is_first=True):
+        """ A batch begins, which may be the first of its step; `weights` is a Dict[str, Parameter] by layer. """
+
+    def after_backward(self, weights):
+        """ A micro-batch has been through backward. """
+
+    def before_step(self, weights, scale):
+        """ An optimizer is about to step on some weights, whose gradients are scaled by a number. """
+
+    def end_step(self, weights):
+        """ All optimizers of the batch have stepped. """
+
+    def close(self):
+        """ Leave nothing behind. """
+
+    def take(self):
+        """
+        Returns:
+            Dict[str, Dict[str, Tensor | float]]: for each field and layer, of this step
+        """
+        found, self._found = self._found, {}
+        return found
+
+    def _add_tensors(self, tensors, scale=1.):
+        for function, fields in functions_of(self.fields).items():
+            with self._guard(self.name, fields):
+                for field, own in function(tensors, fields).items():
+                    power = scale ** POWERS.get(field, 0)
+                    own = own if power == 1 else {layer: x / power for layer, x in own.items()}
+                    self._found.setdefault(field, {}).update(own)
