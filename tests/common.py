@@ -21,6 +21,7 @@ from geowatch.utils.lightning_ext.callbacks.plasticity_engine.measurement import
     to_host,
 )
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.window import Window
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine.statistics.calls import Call
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.statistics.tensors import functions_of
 from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import METRICS, members
 
@@ -166,13 +167,13 @@ def measure_tensors(name, tensors):
     return finish(name, totals)
 
 
-def measure_calls(name, batches, samples=2000, levels=None):
+def measure_calls(name, batches, samples=2000):
     """ Of a metric of activations: for each batch a list of (site, output, axis, saturated values). """
     window = Window([name], [field for _, field in additive_keys([METRICS[name]])], samples)
     for batch in batches:
         window.begin_batch([1] * max((call[1].shape[0] for call in batch), default=0), len(batches))
         for call in batch:
-            window.add(*call, **({} if levels is None else {'level': levels[call[0]]}))
+            window.add(Call(*call))
         window.end_batch()
     return finish(name, window.totals())
 

@@ -92,8 +92,8 @@ def break_formula(monkeypatch, name, formula):
 
 
 @SOURCES
-@pytest.mark.parametrize('name', list(METRICS))
-@pytest.mark.parametrize('fault', [fails, no_value, no_number, no_scalar])
+@pytest.mark.parametrize('name, fault', [*((name, fails) for name in METRICS), *(
+    (name, fault) for name in ('weight_mag', 'sign_entropy') for fault in (no_value, no_number, no_scalar))])
 def test_formula_that_fails(tmp_path, name, fault, source, monkeypatch, capsys):
     break_formula(monkeypatch, name, fault)
     _, trainer, lines, _ = fit(tmp_path, everything(source))
@@ -147,6 +147,18 @@ def test_statistic_that_fails(tmp_path, maker, source, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert out.count('Traceback') == len({field.partition('.')[0] for field in fields})
     assert all(name in out for name in lost)
+
+
+@SOURCES
+@pytest.mark.parametrize('place, name', [(torch._C, '_current_graph_task_id'), (torch._C._functorch,
+                                         'peek_interpreter_stack'), (torch.overrides, '_get_current_function_mode')])
+def test_a_private_name_of_torch_that_is_gone(tmp_path, place, name, source, monkeypatch, capsys):
+    """ It costs the metrics that need it, and not the import. """
+    monkeypatch.delattr(place, name)
+    _, trainer, lines, _ = fit(tmp_path, everything(source))
+    assert trainer.global_step == 10
+    assert {line['metric'] for line in lines} == METRICS.keys() - set(ACTIVATIONS)
+    assert capsys.readouterr().out.count('Traceback') == 1
 
 
 def test_formula_that_fails_late(tmp_path, monkeypatch, capsys):

@@ -24,7 +24,7 @@ from geowatch.utils.lightning_ext.callbacks.plasticity import PlasticityMonitor
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources import STEP_SOURCES
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.sites import Site
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.window import Window
-from geowatch.utils.lightning_ext.callbacks.plasticity_engine.statistics.calls import makers_of
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine.statistics.calls import Call, makers_of
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.statistics.tensors import STATISTICS, functions_of
 from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import (
     GROUPS,
@@ -272,7 +272,7 @@ def test_call_statistics_add_up(parts):
         for batch in batches:
             window.begin_batch([1] * sum(len(call[1]) for call in batch if call[0] == batch[0][0]))
             for call in batch:
-                window.add(*call)
+                window.add(Call(*call))
             window.end_batch()
         return window.totals()
     split = {site: h.tensor_split(parts) for site, (_, h) in given.items()}

@@ -111,7 +111,7 @@ def test_durations(tmp_path):
 # What fails, and the metrics that it costs: a formula, or a statistic and all that need it.
 MAKERS = {'gram': ('weights.spectrum',), 'Away': ('activations.away',), 'Positive': ('activations.positive',),
           'Rows': ('activations.spectrum', 'activations.centred_spectrum')}
-LOST = {**{name: {name} for name in ('weight_mag', 'grad_norm', 'erank', 'dead_units', 'sign_entropy')},
+LOST = {**{name: {name} for name in ('grad_norm', 'erank', 'dead_units')},
         **{maker: {name for name, metric in METRICS.items()
                    if any(f'{need.source}.{need.field}' in fields for need in metric.needs)}
            for maker, fields in MAKERS.items()}}

@@ -19,6 +19,7 @@ from geowatch.utils.lightning_ext.callbacks.plasticity import PlasticityMonitor
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.capture import Capture
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.sites import Site
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.window import Window
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine.statistics.calls import Call
 from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import register_activation
 
 SIZES = (5, 1, 8)  # of the batches
@@ -103,7 +104,7 @@ def test_rows_are_spread_evenly(positions, examples, batches, calls):
         numbers = torch.stack(torch.meshgrid(
             torch.arange(batch * examples, (batch + 1) * examples), torch.arange(positions), indexing='ij'), 1)
         for part in numbers.double().tensor_split(calls):
-            window.add(site, part, 1, (0.,))
+            window.add(Call(site, part, 1))
         window.end_batch()
     own = window.totals()
     rows = [tuple(row) for part in seen for row in part]

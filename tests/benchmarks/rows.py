@@ -30,6 +30,7 @@ from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activation
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.sites import Site
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.window import Window
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.weights import weights_of
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine.statistics.calls import Call
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.statistics.tensors import functions_of
 from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import METRICS, effective_rank, members
 
@@ -84,7 +85,7 @@ def look(names, net, batches):
 
     for i, batch in enumerate(batches):
         timed(window.begin_batch, batch, len(batches) - i)
-        with torch.no_grad(), Capture(net, lambda *call: timed(window.add, *call)) as capture:
+        with torch.no_grad(), Capture(net, lambda *call: timed(window.add, Call(*call))) as capture:
             net(batch)
         spent += capture.seconds
         timed(window.end_batch)
@@ -204,7 +205,7 @@ def feature_erank():
         for start in range(0, 2000, 100):
             window.begin_batch([1] * 100, 20 - start // 100)
             for i, x in enumerate(features):
-                window.add(Site('', 'relu', str(i), units=512), x[start:start + 100], 1, (0.,))
+                window.add(Call(Site('', 'relu', str(i), units=512), x[start:start + 100], 1))
             window.end_batch()
         finish([metric], window.totals())
 

@@ -43,7 +43,11 @@ class Budget:
 
     def __init__(self, budget):
         self.share = _share(budget)
-        self.start()
+        self._started = time.perf_counter()
+        self._spent = {}
+        self._counts = {}
+        self._inside = 0.
+        self._settle = lambda: None
 
     def start(self, device=None):
         """
@@ -54,11 +58,9 @@ class Budget:
                 what training has left to do there is not counted as ours
         """
         self._started = time.perf_counter()
-        self._spent = {}
-        self._counts = {}
-        self._inside = 0.
         settle = None if device is None else getattr(getattr(torch, device.type, None), 'synchronize', None)
-        self._settle = (lambda: None) if settle is None or device.type == 'cpu' else settle
+        if settle is not None and device.type != 'cpu':
+            self._settle = settle
 
     @contextlib.contextmanager
     def spending(self, names):

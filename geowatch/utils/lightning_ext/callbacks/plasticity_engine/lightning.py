@@ -30,27 +30,27 @@ class Moment(NamedTuple):
     is_last: bool
 
 
-def step_of(trainer):
+def step_of(trainer) -> int:
     """ Index of the optimizer step that goes on, or that comes next. """
     return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
-def begins_step(trainer, batch_idx):
+def begins_step(trainer, batch_idx: int) -> bool:
     """ Whether the batch that begins is the first micro-batch of its step. """
     return batch_idx % trainer.accumulate_grad_batches == 0
 
 
-def has_stepped(trainer):
+def has_stepped(trainer) -> bool:
     """ Whether the batch that ends was the last micro-batch of its step. """
     return not trainer.fit_loop.epoch_loop._should_accumulate()
 
 
-def begins_anew(trainer):
+def begins_anew(trainer) -> bool:
     """ Whether the network is untrained, as far as this run knows. """
     return not trainer.ckpt_path and step_of(trainer) == 0
 
 
-def batches_left(trainer, batch_idx, dataloader_idx=None):
+def batches_left(trainer, batch_idx: int, dataloader_idx: int | None = None) -> float:
     """ How many batches there will be, this one included; inf where that is not known. """
     if dataloader_idx is None:
         return trainer.num_training_batches - batch_idx

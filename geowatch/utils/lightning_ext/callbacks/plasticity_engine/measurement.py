@@ -5,16 +5,20 @@ Pure functions, which know neither a trainer nor other processes.
 """
 import dataclasses
 import math
+from collections.abc import Callable, Collection, Iterable
 
 import numpy as np
 import torch
 
+from ..plasticity_metrics import Metric
 from ..plasticity_metrics._vocabulary import additive_fields
 from .lightning import Moment
 from .sources.activations.sites import Site, site_names
 from .statistics import Totals
 from .statistics.spectrum import centred, spectra
 
+Key = tuple[str, str]  # source and field
+Numbers = dict[Key, dict[str, np.ndarray | float]]  # Totals on the host, by the names of layers
 # What tells the share of numbers that are not finite, by source.
 _OF_SHARE = {'activations': ('nonfinite', 'samples', 'units')}
 
@@ -34,7 +38,7 @@ class Reading:
             enough or not
         examples (int | None): seen by all processes
     """
-    metrics: list
+    metrics: list[str]
     moment: Moment
     whole: Totals = dataclasses.field(default_factory=dict)
     parts: Totals = dataclasses.field(default_factory=dict)
@@ -42,12 +46,12 @@ class Reading:
     final: bool = True
     examples: int | None = None
 
-    def has(self, metric):
+    def has(self, metric: Metric) -> bool:
         """ Whether this process has seen anything of all that a Metric needs now. """
         return all(self.whole.get(key) or self.parts.get(key) for key in additive_keys([metric], support=False))
 
 
-def additive_keys(metrics, support=True):
+def additive_keys(metrics: Iterable[Metric], support: bool = True) -> list[Key]:
     """
     The additive statistics that some metrics need together.
 
@@ -69,7 +73,7 @@ def additive_keys(metrics, support=True):
                               for part in additive_fields(field)))
 
 
-def needed_keys(metrics, support=True):
+def needed_keys(metrics: Iterable[Metric], support: bool = True) -> list[Key]:
     """ The same with the fields that are made of others: what the formulas take. """
     metrics = list(metrics)
     keys = [(need.source, need.field) for metric in metrics for need in metric.needs]
@@ -79,7 +83,7 @@ def needed_keys(metrics, support=True):
     return list(dict.fromkeys(keys))
 
 
-def needing(metrics, source, fields):
+def needing(metrics: dict[str, Metric], source: str, fields: Collection[str]) -> list[str]:
     """
     Those of some metrics that need any of some additive fields of a source.
 
@@ -101,7 +105,7 @@ def needing(metrics, source, fields):
             and any((source, field) in additive_keys([metric]) for field in fields)]
 
 
-def derive(totals, keys, guard):
+def derive(totals: Totals, keys: list[Key], guard: Callable) -> Totals:
     """
     Make the fields that formulas take, and give sites their names.
 
@@ -140,7 +144,7 @@ def derive(totals, keys, guard):
     return tables
 
 
-def to_host(tables):
+def to_host(tables: list[Totals]) -> list[Numbers]:
     """
     The one transfer from the device.
 
@@ -174,7 +178,7 @@ def to_host(tables):
     return [{key: {layer: of(x) for layer, x in own.items()} for key, own in table.items()} for table in tables]
 
 
-def evaluate(metric, numbers, before=None):
+def evaluate(metric: Metric, numbers: Numbers, before: Numbers | None = None) -> tuple[float, dict]:
     """
     The values of one metric.
 

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from .sources.activations.sites import Site
+from .statistics import Totals
 
 # Bytes of a message in the first collective; only one with more than about a
 # thousand sites needs a second round.
@@ -37,12 +38,12 @@ class Processes:
         (1, 0, [{'failed': ['erank']}])
     """
 
-    def __init__(self, count, device):
+    def __init__(self, count: int, device: torch.device):
         self.count = count if dist.is_available() and dist.is_initialized() else 1
         self.rank = dist.get_rank() if self.count > 1 else 0
         self._device = device
 
-    def exchange(self, message):
+    def exchange(self, message: dict) -> list[dict]:
         """
         Let all processes know each other's message. All of them have to call it.
 
@@ -68,7 +69,7 @@ class Processes:
         dist.all_gather(theirs, mine)
         return [x.cpu().numpy().tobytes() for x in theirs]
 
-    def add_up(self, totals, layouts):
+    def add_up(self, totals: list[Totals], layouts: list[list]) -> list[Totals]:
         """
         Sum statistics over all processes, in one buffer. All of them have to call it.
 
@@ -107,7 +108,7 @@ def _length(packet):
     return int.from_bytes(packet[:8], 'little')
 
 
-def layout_of(totals):
+def layout_of(totals: list[Totals]) -> list[list]:
     """
     What statistics look like, as plain data.
 
@@ -128,7 +129,7 @@ def layout_of(totals):
             for index, own in enumerate(totals) for (source, field), of in own.items() for key, x in of.items()]
 
 
-def contradictions(layouts):
+def contradictions(layouts: list[list]) -> dict[tuple[str, str], str]:
     """
     Statistics of which processes have such as cannot be added.
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from ..plasticity_metrics import BUILT_IN
 from .lightning import steps_of
-from .measurement import additive_keys, derive, evaluate, needed_keys, needing, to_host
+from .measurement import Numbers, Reading, additive_keys, derive, evaluate, needed_keys, needing, to_host
 from .processes import contradictions, layout_of
 
 
@@ -32,7 +32,7 @@ class Publisher:
         self._known_words = set(BUILT_IN)
         self._shared = None  # numbers of the budget that all processes know
 
-    def publish(self, readings, asks=False):
+    def publish(self, readings: list[Reading], asks: bool = False):
         """
         Add up over processes, move all numbers to the host at once, compute, hand out.
 
@@ -205,7 +205,7 @@ class Publisher:
                        for key, own in tables.items()] for name, tables in self.memory.items()}
 
 
-def read_memory(saved):
+def read_memory(saved) -> dict[str, Numbers]:
     """
     Statistics of the last measurements, from a checkpoint.
 

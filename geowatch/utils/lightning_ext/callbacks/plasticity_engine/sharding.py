@@ -5,12 +5,12 @@ import torch
 import torch.distributed as dist
 
 
-def is_sharded(tensor):
+def is_sharded(tensor: torch.Tensor | None) -> bool:
     """
     Whether other processes hold parts of the tensor.
 
     Args:
-        tensor (Tensor):
+        tensor (Tensor | None):
 
     Returns:
         bool: True for a DTensor, as FSDP2 and tensor parallelism make them
@@ -24,7 +24,7 @@ def is_sharded(tensor):
     return hasattr(tensor, 'placements') and hasattr(tensor, 'to_local')
 
 
-def local_part(tensor):
+def local_part(tensor: torch.Tensor) -> tuple[torch.Tensor, float]:
     """
     What this process holds of a tensor, never gathered, and its share.
 
@@ -60,7 +60,7 @@ def local_part(tensor):
     return tensor, share
 
 
-def count_of(tensor, share):
+def count_of(tensor: torch.Tensor, share: float) -> float:
     """
     How many numbers this process adds to the count of a tensor: all of them over all processes.
 
@@ -84,7 +84,7 @@ def count_of(tensor, share):
     return tensor.numel() * share / split
 
 
-def part_for_gram(matrix):
+def part_for_gram(matrix: torch.Tensor) -> tuple[torch.Tensor, float, str]:
     """
     The part of a matrix whose Gram matrix of the smaller side adds up over processes.
 

@@ -4,7 +4,7 @@ Formulas that several metrics share.
 import numpy as np
 
 
-def entropy_rank(spectrum):
+def entropy_rank(spectrum: np.ndarray) -> float:
     """
     Effective rank of a matrix from its singular values [Roy2007]_.
 
@@ -34,7 +34,7 @@ def entropy_rank(spectrum):
     return float(np.exp(-(p * np.log(p)).sum()))
 
 
-def binary_entropy(p):
+def binary_entropy(p: np.ndarray) -> np.ndarray:
     """
     Entropy of an event of probability p, in bits.
 
@@ -54,7 +54,7 @@ def binary_entropy(p):
     return 0. - sum(q * np.log2(q) for q in parts)
 
 
-def of_rows(value, spectrum, rows, units):
+def of_rows(value: float, spectrum: np.ndarray, rows: float, units: float) -> dict[str, float]:
     """
     Columns of a number that comes of the spectrum of a feature matrix.
 

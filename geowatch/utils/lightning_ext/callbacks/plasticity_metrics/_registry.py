@@ -4,7 +4,7 @@ What a metric is, and the registry of all of them.
 import dataclasses
 import difflib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from ._errors import PlasticityConfigError
 from ._vocabulary import OF_A_LAYER, SOURCES, Need
@@ -69,7 +69,8 @@ class Metric:
         return 'activations' in self.sources
 
 
-def metric(*, needs, network='mean', every='epoch', words=None, group=None, along=None):
+def metric(*, needs: tuple[str, ...] | str, network: str = 'mean', every: str = 'epoch', words: Words | None = None,
+           group: str | None = None, along: str | None = None) -> Callable:
     """
     Register a function as a metric, under its own name.
 
@@ -133,7 +134,7 @@ def metric(*, needs, network='mean', every='epoch', words=None, group=None, alon
     return register
 
 
-def in_order(names):
+def in_order(names: Iterable[str]) -> list[str]:
     """
     Sort metrics for people: groups one after the other, in each those of every log step first.
 
@@ -158,7 +159,7 @@ def in_order(names):
     return sorted(names, key=place)
 
 
-def members(group):
+def members(group: str) -> list[str]:
     """
     The metrics of a group.
 
@@ -176,7 +177,7 @@ def members(group):
     return [name for name, one in METRICS.items() if group in ('all', one.group)]
 
 
-def parse_metrics(metrics):
+def parse_metrics(metrics: str | list[str]) -> dict[str, str | None]:
     """
     Read a choice of metrics, each with its own interval or none.
 
@@ -204,11 +205,11 @@ def parse_metrics(metrics):
     if not isinstance(items, (list, tuple)) or not all(isinstance(item, str) for item in items):
         raise PlasticityConfigError(
             f'Expected `metrics` to be names separated by commas or a list of names, but got {metrics!r}')
-    named, of_groups = {}, {}
+    named, of_groups, groups = {}, {}, [group for group in GROUPS if members(group)]
     for item in items:
         name, at, interval = (part.strip() for part in item.partition('@'))
         interval = interval if at else None
-        if name == 'all' or name in GROUPS:
+        if name == 'all' or name in groups:
             for member in members(name):
                 of_groups[member] = of_groups.get(member) if interval is None else interval
         elif name in METRICS:
@@ -216,17 +217,17 @@ def parse_metrics(metrics):
                 raise PlasticityConfigError(f'Plasticity metric {name!r} is given twice in {metrics!r}')
             named[name] = interval
         elif name or at:
-            known = [*METRICS, *GROUPS, 'all']
+            known = [*METRICS, *groups, 'all']
             nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
             raise PlasticityConfigError(
                 f'Unknown plasticity metric {name!r}. Did you mean {nearest[0]!r}? '
-                f'Expected any of: {", ".join(METRICS)}, or a group: {", ".join(GROUPS)}, all')
+                f'Expected any of: {", ".join(METRICS)}, or a group: {", ".join(groups)}, all')
     for name, one in METRICS.items():
         if one.along in named and name not in named:
             named[name] = named[one.along]
     chosen = {**of_groups, **named}
     if not chosen:
         raise PlasticityConfigError(
-            f'Expected at least one plasticity metric of: {", ".join(METRICS)}, or a group: {", ".join(GROUPS)}, '
+            f'Expected at least one plasticity metric of: {", ".join(METRICS)}, or a group: {", ".join(groups)}, '
             f'all, but got {metrics!r}')
     return {name: chosen[name] for name in METRICS if name in chosen}

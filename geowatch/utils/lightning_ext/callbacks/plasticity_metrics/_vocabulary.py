@@ -69,7 +69,7 @@ class Need(NamedTuple):
     before: bool = False
 
     @classmethod
-    def parse(cls, text):
+    def parse(cls, text: str):
         """
         Args:
             text (str): 'source.field', with 'before.' in front of it for the last measurement
@@ -92,7 +92,7 @@ class Need(NamedTuple):
         return cls(source, field, text.startswith('before.'))
 
 
-def additive_fields(field):
+def additive_fields(field: str) -> tuple[str, ...]:
     """
     The additive fields of which a field is made.
 

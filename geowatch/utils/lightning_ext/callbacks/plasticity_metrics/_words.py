@@ -39,7 +39,7 @@ class Words:
         if not self.short:
             object.__setattr__(self, 'short', self.title[:1].lower() + self.title[1:])
 
-    def text(self, value):
+    def text(self, value: float | None) -> str:
         """
         Write a value.
 
@@ -61,7 +61,7 @@ class Words:
             return f'{percent:.0f} %' if percent >= 9.95 or percent == int(percent) else f'{percent:.2g} %'
         return f'{value:.0f}' if 1000 <= abs(value) < 1e6 else f'{value:.3g}'
 
-    def is_sign(self, start, end):
+    def is_sign(self, start: float, end: float) -> bool:
         """
         Has the value moved so far from its own start that it is worth a look?
 
@@ -82,14 +82,14 @@ class Words:
                     or self.rises and end - start >= self.rises)
 
     @property
-    def rule(self):
+    def rule(self) -> str:
         """ When a change is named, in words. """
         rules = [f'grows to {self.grows:g} times its start' if self.grows else '',
                  f'falls to {self.shrinks:g} of its start' if self.shrinks else '',
                  f'rises by {self.rises * 100:g} percentage points' if self.rises else '']
         return ' or '.join(filter(None, rules))
 
-    def badness(self, start, value):
+    def badness(self, start: float, value: float) -> float:
         """
         How bad a layer is, to find the worst one: the one rule for TensorBoard and the report.
 

@@ -9,7 +9,7 @@ from .step import StepSource
 _WRAPPERS = {'_orig_mod', '_fsdp_wrapped_module', '_checkpoint_wrapped_module', '_forward_module'}
 
 
-def clean_name(name):
+def clean_name(name: str) -> str:
     """
     A parameter's or module's name without the prefixes of wrappers.
 
@@ -30,7 +30,7 @@ def clean_name(name):
     return '.'.join(part for part in name.split('.') if part not in _WRAPPERS)
 
 
-def weights_of(model):
+def weights_of(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """
     The weights: trainable, floating point, two or more dimensions.
 
@@ -54,7 +54,7 @@ def weights_of(model):
             for name, param in model.named_parameters() if why_not_a_weight(param) is None}
 
 
-def why_not_a_weight(param):
+def why_not_a_weight(param: torch.nn.Parameter) -> str | None:
     """
     Why a parameter is not measured.
 

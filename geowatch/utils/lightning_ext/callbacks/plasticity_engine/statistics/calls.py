@@ -2,6 +2,7 @@
 Statistics of calls of activation functions, which add up over calls, batches and processes.
 """
 import math
+from collections.abc import Callable, Collection, Hashable
 
 import torch
 
@@ -18,7 +19,7 @@ _FEW = 256
 
 class Call:
     """
-    One call of an activation function.
+    One call of an activation function, and what is computed of it for several statistics.
 
     Args:
         site (Hashable): where it was made, see :class:`.sites.Site`
@@ -35,7 +36,8 @@ class Call:
         (2, 4, [[5.0, 7.0], [0.0, 3.0]])
     """
 
-    def __init__(self, site, output, axis, values=(), level=0.):
+    def __init__(self, site: Hashable, output: torch.Tensor, axis: int, values: tuple[float, ...] = (),
+                 level: float = 0.):
         self.site = site
         self.output = output
         self.axis = axis % output.ndim
@@ -44,7 +46,7 @@ class Call:
         self.units = output.shape[self.axis]
         self.samples = output.numel() // max(self.units, 1)
         self.others = [dim for dim in range(output.ndim) if dim != self.axis]
-        self._extremes = None
+        self._extremes = self._nonfinite = None
 
     def extremes(self):
         """ Highest and lowest output of each unit, Tensors of shape (units,), nan where one is. """
@@ -63,12 +65,16 @@ class Call:
 
     def nonfinite(self):
         """ How many numbers are not finite: a number, or a 0-d Tensor. """
-        if self.output.is_cpu:
-            # To look costs nothing here, to count each time would.
-            seen = [self.output.sum(dtype=torch.float32)] if self._extremes is None else self._extremes
-            if all(x.isfinite().all() for x in seen):
-                return 0.
-        return nonfinite(self.output)
+        if self._nonfinite is None:
+            self._nonfinite = 0. if self._seems_finite() else nonfinite(self.output)
+        return self._nonfinite
+
+    def _seems_finite(self):
+        # To see a sum costs nothing on a CPU, where to count each time would.
+        if not self.output.is_cpu:
+            return False
+        sums = [self.output.sum(dtype=torch.float32)] if self._extremes is None else self._extremes
+        return all(x.isfinite().all() for x in sums)
 
 
 class Samples(CallStatistic):
@@ -117,7 +123,7 @@ def _add(own, field, tensor):
         own[field] = tensor
 
 
-def makers_of(fields, wanted_rows):
+def makers_of(fields: Collection[str], wanted_rows: Callable[[int], int]) -> list[CallStatistic]:
     """
     Who makes some fields: 'samples' and 'nonfinite' always.
 

@@ -15,7 +15,7 @@ _WAITING = 256
 _GOLDEN = 2654435769
 
 
-def strata(count, chosen, offset, device):
+def strata(count: int, chosen: int, offset: int, device: torch.device) -> torch.Tensor:
     """
     Places that are evenly spread: one in each of as many equal parts, at changing places in them.
 

@@ -13,7 +13,7 @@ _CHUNK = 1 << 22
 _NARROW, _WIDE = 96, 192
 
 
-def gram(matrix, side, total=None):
+def gram(matrix: torch.Tensor, side: str, total: torch.Tensor | None = None) -> torch.Tensor:
     """
     Lower triangle of the Gram matrix of one side, in float64, whatever autocast is active.
 
@@ -56,7 +56,7 @@ def gram(matrix, side, total=None):
     return total
 
 
-def centred(gram_matrix, total, rows):
+def centred(gram_matrix: torch.Tensor, total: torch.Tensor, rows: float | torch.Tensor) -> torch.Tensor:
     """
     Gram matrix of the columns less their means.
 
@@ -78,7 +78,7 @@ def centred(gram_matrix, total, rows):
     return gram_matrix - torch.outer(total, total / rows)
 
 
-def singular_values(gram_matrix):
+def singular_values(gram_matrix: torch.Tensor) -> torch.Tensor:
     """
     Singular values of every matrix that has the given Gram matrix.
 
@@ -111,7 +111,7 @@ def singular_values(gram_matrix):
     return torch.where(finite, values.clamp(min=0).sqrt() * scale.sqrt(), torch.nan)
 
 
-def spectra(grams):
+def spectra(grams: list[torch.Tensor]) -> list[torch.Tensor]:
     """
     Singular values of several matrices.
 
@@ -140,7 +140,7 @@ def spectra(grams):
     return found
 
 
-def effective_rank(matrix):
+def effective_rank(matrix: torch.Tensor) -> torch.Tensor:
     """
     Effective rank of a matrix: how many dimensions it really uses [Roy2007]_.
 
@@ -159,6 +159,10 @@ def effective_rank(matrix):
     Raises:
         ValueError: if the tensor has fewer than two dimensions or is not
             real floating point.
+
+    References:
+        .. [Roy2007] Roy and Vetterli, "The effective rank: a measure of
+           effective dimensionality", EUSIPCO 2007.
 
     Example:
         >>> from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import effective_rank

@@ -2,6 +2,7 @@
 Sums of absolute values and of squares, with each tensor read once.
 """
 import math
+from collections.abc import Collection, Hashable
 
 import torch
 
@@ -13,7 +14,7 @@ from ..sharding import count_of, local_part
 _CHUNK = 1 << 19
 
 
-def sums(tensors, fields):
+def sums(tensors: dict[Hashable, torch.Tensor], fields: Collection[str]) -> dict[str, dict]:
     """
     Sums over each tensor, in float64.
 
@@ -104,7 +105,7 @@ def _sums_on_device(parts, read):
     return torch.stack(rows)
 
 
-def nonfinite(tensor):
+def nonfinite(tensor: torch.Tensor) -> torch.Tensor:
     """
     How many numbers are not finite, with little memory and no wait for the device.
 
@@ -128,7 +129,7 @@ def nonfinite(tensor):
     return double(torch.stack(counts).sum())
 
 
-def double(tensor):
+def double(tensor: torch.Tensor) -> torch.Tensor:
     """
     A number as float64, on the CPU where the device has none.
 

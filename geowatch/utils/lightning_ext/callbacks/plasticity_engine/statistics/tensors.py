@@ -1,12 +1,16 @@
 """
 Statistics of tensors that are there as a whole: weights, gradients, updates.
 """
+from collections.abc import Callable, Collection
+
+import torch
+
 from ..sharding import part_for_gram
 from .spectrum import gram
 from .sums import sums
 
 
-def grams(tensors, fields):
+def grams(tensors: dict[str, torch.Tensor], fields: Collection[str]) -> dict[str, dict]:
     """
     The Gram matrix of the smaller side of each tensor.
 
@@ -42,7 +46,7 @@ def grams(tensors, fields):
 STATISTICS = {sums: ('count', 'abs', 'squares', 'nonfinite'), grams: ('gram',)}
 
 
-def functions_of(fields):
+def functions_of(fields: Collection[str]) -> dict[Callable, tuple[str, ...]]:
     """
     Who makes some fields.
 

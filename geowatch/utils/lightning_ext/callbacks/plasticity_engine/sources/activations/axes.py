@@ -19,6 +19,8 @@ Where it cannot be known, these are the rules:
 """
 from typing import NamedTuple
 
+import torch
+
 
 class Rules(dict):
     """
@@ -81,7 +83,7 @@ PRODUCTS = {'matmul', '__matmul__', '__rmatmul__', 'mm', 'mv', 'bmm', 'addmm', '
             'einsum', 'tensordot', 'inner'}
 
 
-def default_axis(tensor):
+def default_axis(tensor: torch.Tensor) -> int:
     """
     The axis where no layer is known to have made the tensor.
 
@@ -105,7 +107,7 @@ def default_axis(tensor):
 LAYERS = Rules()
 
 
-def layer_axis(name, args, owners, output):
+def layer_axis(name: str, args: tuple, owners: list, output) -> int:
     """
     The axis of the units that a layer has just produced.
 
@@ -180,7 +182,8 @@ def _einsum(args, owners, output):
 MOVES = Rules()
 
 
-def follow_units(name, args, kwargs, source, place, output):
+def follow_units(name: str, args: tuple, kwargs: dict, source: torch.Tensor, place: Place,
+                 output: torch.Tensor) -> Place:
     """
     Where the units are after a call that may have moved them.
 

@@ -3,6 +3,7 @@ Which functions are activations, at which outputs their units are dead, and abov
 """
 import functools
 import math
+from collections.abc import Callable
 
 import torch
 from torch.overrides import handle_torch_function, has_torch_function
@@ -87,7 +88,7 @@ LEVELS = {
 }
 
 
-def register_activation(function, saturated_values=()):
+def register_activation(function, saturated_values: tuple[float, ...] | Callable = ()):
     """
     Make captures see an activation of your own.
 
@@ -149,7 +150,7 @@ def _visible(function):
     return visible
 
 
-def saturated_values(name, args=(), kwargs=None):
+def saturated_values(name: str, args: tuple = (), kwargs: dict | None = None) -> tuple[float, ...] | None:
     """
     Output values at which a unit of one call is dead.
 
@@ -171,7 +172,7 @@ def saturated_values(name, args=(), kwargs=None):
     return values(*args, **(kwargs or {})) if callable(values) else values
 
 
-def level(name, args=(), kwargs=None):
+def level(name: str, args: tuple = (), kwargs: dict | None = None) -> float:
     """
     Output above which the input of one call was positive.
 

@@ -3,6 +3,7 @@ The look at a run's forward passes: a capture while a batch runs, for all window
 """
 import math
 
+from ...statistics.calls import Call
 from ..weights import clean_name
 from .capture import Capture
 from .window import Window
@@ -75,12 +76,13 @@ class Looks:
             return
         names = [name for window in looking for name in window.metrics]
 
-        def observe(site, *call):
+        def observe(site, *seen):
             if self._wants(site.layer) or self._wants(site.module):
+                call = Call(site, *seen)
                 for window in looking:
                     if self._alive(window):
                         with self._faults.spending(window.metrics):
-                            window.add(site, *call)
+                            window.add(call)
 
         with self._faults.guard(names):
             for window in looking:

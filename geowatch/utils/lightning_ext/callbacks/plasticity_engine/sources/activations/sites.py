@@ -3,6 +3,7 @@ Where an activation function is called, and what to call that place.
 """
 import dataclasses
 from collections import Counter
+from collections.abc import Iterable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Site:
     units: int = 0
     is_module: bool = False
 
-    def names(self):
+    def names(self) -> list[str]:
         """ Names from the shortest to the one that tells all sites apart. """
         function = '' if self.is_module else self.function
         short = '.'.join(part for part in (self.module, function) if part)
@@ -44,7 +45,7 @@ class Site:
         return [short, at_layer, numbered, f'{numbered}:{self.function}/{self.units}']
 
 
-def site_names(sites):
+def site_names(sites: Iterable[Site]) -> dict[Site, str]:
     """
     Readable names, in the order given: as short as is unambiguous.
 

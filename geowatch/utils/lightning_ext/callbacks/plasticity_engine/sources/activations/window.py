@@ -4,6 +4,7 @@ What has been seen of the activations for some metrics, until it is enough.
 import math
 
 from ...schedule import Poll
+from ...statistics import Totals
 from ...statistics.calls import Call, makers_of
 
 
@@ -26,10 +27,11 @@ class Window:
 
     Example:
         >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.window import Window
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.statistics.calls import Call
         >>> import torch
         >>> window = Window(['dead_units'], ['away'], samples=10)
         >>> window.begin_batch({'image': [1, 2, 3, 4, 5, 6]})
-        >>> window.add('fc1', torch.tensor([[0., 1.], [0., 0.]]), 1, (0.,))
+        >>> window.add(Call('fc1', torch.tensor([[0., 1.], [0., 0.]]), 1, (0.,)))
         >>> window.end_batch()
         >>> window.examples, window.is_full, window.totals()['activations', 'away']['fc1'].tolist()
         (6, False, [[0.0, 1.0]])
@@ -66,24 +68,20 @@ class Window:
         self.examples += examples
         self._each('begin_batch', examples / self._expected)
 
-    def add(self, site, output, axis, values, level=0.):
+    def add(self, call: Call):
         """
         Add one call of an activation function.
 
         Args:
-            site (Hashable):
-            output (Tensor):
-            axis (int): of the units
-            values (Tuple[float, ...]): outputs at which a unit is dead
-            level (float): the output above which the input is positive
+            call (Call): which several windows may share
         """
-        self._each('add', self._sites.setdefault(site, {}), Call(site, output, axis, values, level))
+        self._each('add', self._sites.setdefault(call.site, {}), call)
 
     def end_batch(self):
         """ Note that the batch is over. """
         self._each('end_batch')
 
-    def totals(self):
+    def totals(self) -> Totals:
         """
         Returns:
             Totals: what has been seen so far
@@ -108,7 +106,7 @@ class Window:
                 self._on_error(maker.fields)
 
 
-def count_examples(batch):
+def count_examples(batch) -> int:
     """
     Examples in a batch: a list of items as in geowatch, where an item may be
     None, or tensors in any nesting.
