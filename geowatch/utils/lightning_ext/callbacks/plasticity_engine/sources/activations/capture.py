@@ -24,6 +24,8 @@ from .modules import FUSED_FUNCTIONS, Modules
 from .sites import Site
 from .trails import Trails, tensors_in
 
+_RETURNED = (torch.Tensor, tuple, list)
+
 
 class Capture(TorchFunctionMode):
     """
@@ -78,7 +80,8 @@ class Capture(TorchFunctionMode):
     # --- attach and detach -------------------------------------------------
 
     def __enter__(self):
-        self._modules, self._trails = Modules(self._model), Trails(self._model)
+        self._modules = Modules(self._model)
+        self._trails = Trails(self._modules.named)
         with contextlib.ExitStack() as exit:
             exit.enter_context(_eager())
             exit.enter_context(self._modules.followed(self._entering, self._leaving))
@@ -162,18 +165,14 @@ class Capture(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         output = func(*args, **kwargs) if kwargs else func(*args)
-        # Activation checkpointing runs the forward again inside backward.
-        if self._graph_task() == -1:
+        # Many calls only ask for a size. Activation checkpointing runs the forward again inside backward.
+        if isinstance(output, _RETURNED) and type(output) is not torch.Size and self._graph_task() == -1:
             self._guard(self._follow, func, args, kwargs or {}, output)
         return output
 
     def _follow(self, func, args, kwargs, output):
-        if isinstance(output, torch.Tensor):
-            outputs = [output] if output.is_floating_point() else None
-        elif isinstance(output, (tuple, list)) and type(output) is not torch.Size:
-            outputs = [x for x in tensors_in(output) if x.is_floating_point()]
-        else:
-            outputs = None
+        found = [output] if isinstance(output, torch.Tensor) else tensors_in(output)
+        outputs = [x for x in found if x.is_floating_point()]
         if not outputs or self._functorch_level() is not None:
             return
         name, path = name_of(func), self._modules.path

@@ -51,6 +51,8 @@ class Modules:
         model (nn.Module): whose names they have
 
     Attributes:
+        named (List[Tuple[str, nn.Module]]): all of them by their paths
+        path (str): of the innermost that runs, or ''
         inside (int): registered activation modules that run now
 
     Example:
@@ -69,10 +71,12 @@ class Modules:
     """
 
     def __init__(self, model):
-        self._paths = {id(module): clean_name(path) for path, module in model.named_modules()}
+        self.named = [(clean_name(path), module) for path, module in model.named_modules()]
+        self.path = ''
+        self.inside = 0
+        self._paths = {id(module): path for path, module in self.named}
         self._known = {}  # id to Running, of those that have run
         self._stack = []
-        self.inside = 0
 
     @contextlib.contextmanager
     def followed(self, entering, leaving):
@@ -95,11 +99,6 @@ class Modules:
     def top(self):
         """ The innermost that runs, or None. """
         return self._stack[-1] if self._stack else None
-
-    @property
-    def path(self):
-        """ Its path, or ''. """
-        return self._stack[-1].path if self._stack else ''
 
     def enter(self, module):
         """
@@ -146,20 +145,21 @@ class Modules:
     def push(self, running):
         """ Note that a Running begins. """
         self._stack.append(running)
+        self.path = running.path
         self.inside += running.activation is not None
 
     def pop(self):
         """ Note that the innermost ends; it is returned. """
         running = self._stack.pop()
+        self.path = self._stack[-1].path if self._stack else ''
         self.inside -= running.activation is not None
         return running
 
     def clear(self):
         """ Forget the model. """
-        self._paths.clear()
-        self._known.clear()
-        self._stack.clear()
-        self.inside = 0
+        for table in (self.named, self._paths, self._known, self._stack):
+            table.clear()
+        self.path, self.inside = '', 0
 
 
 def fused_modules(model):

@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ..weights import clean_name
 from .axes import LAYERS, NORM_AXIS, PRODUCTS, SLICES, Place, follow_units, layer_axis
 
 
@@ -53,13 +52,14 @@ class Trails:
     Follows tensors from layers through all that is done with them, without keeping any alive.
 
     Args:
-        model (nn.Module): whose parameters and buffers are known by their layer
+        named (List[Tuple[str, nn.Module]]): modules by their paths, whose
+            parameters and buffers are known by their layer
 
     Example:
         >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.trails import Trails
         >>> import torch
         >>> layer = torch.nn.Linear(3, 4)
-        >>> trails, x = Trails(torch.nn.ModuleDict({'fc': layer})), torch.ones(2, 3)
+        >>> trails, x = Trails([('fc', layer)]), torch.ones(2, 3)
         >>> y = layer(x)
         >>> trails.follow('linear', (x, layer.weight, layer.bias), {}, [y], y, path='fc')
         >>> trail = trails.of([y])
@@ -67,10 +67,10 @@ class Trails:
         ('fc', Place(axis=1, units=4, step=1))
     """
 
-    def __init__(self, model):
+    def __init__(self, named):
         self._constants = {}  # id of a parameter or buffer to the path of its layer
-        for path, module in model.named_modules():
-            layer = _layer_path(clean_name(path))
+        for path, module in named:
+            layer = _layer_path(path) if 'parametrizations' in path else path
             for table in (module._parameters, module._buffers):
                 for tensor in table.values():
                     self._constants[id(tensor)] = layer
@@ -97,23 +97,25 @@ class Trails:
         inputs = tensors_in(args)
         if kwargs:
             inputs += tensors_in(kwargs.values())
-        source = trail = None
+        source = trail = weight = None
         owners = []  # of those inputs that are weights, or made of weights alone
         for x in inputs:
             known = self._known.get(id(x))
             if known is None:
                 owner = self._constants.get(id(x))
-                # Sharding replaces parameters just before they are used.
-                owners.append(path if owner is None and isinstance(x, nn.Parameter) else owner)
+                if owner is None and isinstance(x, nn.Parameter):
+                    owner = path  # sharding replaces parameters just before they are used
             else:
-                owners.append(known.owner)
-                if known.trail is not None and (trail is None or known.trail.run.order > trail.run.order):
-                    source, trail = x, known.trail
+                owner = known.owner
+                own = known.trail
+                if own is not None and (trail is None or own.run.order > trail.run.order):
+                    source, trail = x, own
+            owners.append(owner)
+            if weight is None:
+                weight = owner
         is_constant = bool(inputs) and None not in owners
-        if name in LAYERS and (name not in PRODUCTS or (not is_constant and any(
-                owner is not None for owner in owners))):
-            layer = next((owner for owner in owners if owner is not None), path)
-            self.start(layer, outputs, layer_axis(name, args, owners, output))
+        if name in LAYERS and (name not in PRODUCTS or (not is_constant and weight is not None)):
+            self.start(path if weight is None else weight, outputs, layer_axis(name, args, owners, output))
         elif is_constant:
             for x in outputs:
                 if id(x) not in self._constants:
