@@ -1,86 +1,54 @@
 """
-On which axis of a tensor the units are.
+On which axes of a tensor the units of a layer are.
 
-A unit is a feature of a linear layer or a channel of a convolution. The axis
-starts at the layer that produces a tensor and is followed through whatever
-comes before the activation: norms, dropout, sums, permutations, reshapes.
-Each function that needs one has a rule, in one of two registries.
+They start where the layer puts them (``layers.py``) and are followed through
+whatever comes before the activation: norms, dropout, sums, permutations,
+reshapes. A reshape may spread them over several axes, as the heads of
+attention, or put them on one axis with something else, as channels and
+examples: each piece is a :class:`Part`, and all of them together tell the
+units apart. So the number of units is that of the layer, whatever happens to
+its output.
 
-Where it cannot be known, these are the rules:
+Where that cannot be, these are the rules:
 
 * No layer before the activation, nor a norm: axis 1 of images and volumes (4 or
   5 dimensions), else the last.
-* A reshape that splits the units over two axes: of features, the last part; of
-  channels, the first one. One that only takes apart what an earlier one had put
-  together is followed exactly.
-* A tensor that is filled by assignments to parts of it: as without a layer.
-* A product of two activations, as in attention: the last axis.
-* An indexing or reduction that removes the axis of the units: the last axis.
+* A part of the units that gets onto one axis with positions becomes positions,
+  if the others stay: a pixel shuffle, the patches of an image, the anchors of
+  a detector. Together with the examples of a batch it stays a part.
+* A function that sums over units, or picks one, leaves the other parts.
+* Of a product of two activations, as in attention, the units are the columns
+  of the right operand, else the rows of the left. The scores of attention have
+  none.
 """
+import math
 from typing import NamedTuple
 
 import torch
 
+from .rules import Rules
 
-class Rules(dict):
+
+class Part(NamedTuple):
     """
-    Functions by the names of the torch functions that they are for.
-
-    Example:
-        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.axes import Rules
-        >>> rules = Rules()
-        >>> @rules.of('relu', 'gelu')
-        >>> def keeps(axis):
-        >>>     return axis
-        >>> rules['gelu'](3)
-        3
-    """
-
-    def of(self, *names):
-        """
-        A decorator that registers a rule.
-
-        Args:
-            *names (str): of torch functions
-
-        Returns:
-            Callable:
-
-        Raises:
-            ValueError: if one of them has a rule already
-        """
-        def register(rule):
-            doubles = [name for name in names if name in self]
-            if doubles:
-                raise ValueError(f'Expected functions without a rule, but got {", ".join(doubles)}')
-            self.update(dict.fromkeys(names, rule))
-            return rule
-        return register
-
-
-class Place(NamedTuple):
-    """
-    Where the units are in a tensor.
+    A piece of the units on one axis.
 
     Attributes:
         axis (int): not negative
-        units (int): how many the layer made
-        step (int): how many neighbours on the axis belong to one unit, more
+        size (int): how many it tells apart
+        step (int): how many neighbours on the axis belong to one of them, more
             than 1 after a reshape put units and positions on one axis
     """
     axis: int
-    units: int
+    size: int
     step: int = 1
 
 
-# Where a network starts with a norm, its axis is that of the norm.
-NORM_AXIS = {'batch_norm': 1, 'instance_norm': 1, 'group_norm': 1, 'layer_norm': -1, 'rms_norm': -1}
+Place = tuple[Part, ...]  # empty where no axis has units
+
 # Functions that take a part of a tensor, such as one time step.
 SLICES = {'__getitem__', 'select', 'narrow', 'chunk', 'split', 'split_with_sizes', 'tensor_split',
           'unbind', 'index_select', 'unsafe_chunk', 'unsafe_split'}
-# Layers when one operand is a weight: a product of two activations, as in attention, is none.
-PRODUCTS = {'matmul', '__matmul__', '__rmatmul__', 'mm', 'mv', 'bmm', 'addmm', 'addmv', 'addbmm', 'baddbmm',
-            'einsum', 'tensordot', 'inner'}
 
 
 def default_axis(tensor: torch.Tensor) -> int:
@@ -102,84 +70,124 @@ def default_axis(tensor: torch.Tensor) -> int:
     return 1 if tensor.ndim in {4, 5} else tensor.ndim - 1
 
 
-# --- where a layer puts its units ----------------------------------------------
-
-LAYERS = Rules()
-
-
-def layer_axis(name: str, args: tuple, owners: list, output) -> int:
+def whole(tensor: torch.Tensor, axes) -> Place:
     """
-    The axis of the units that a layer has just produced.
+    The place of units that are all there is on some axes.
 
     Args:
-        name (str): of the function, a key of LAYERS
-        args (tuple): of the call
-        owners (List[str | None]): for each tensor argument, not None if it is
-            a weight
-        output (Tensor | Tuple[Tensor, ...]):
+        tensor (Tensor):
+        axes (Iterable[int]): may be negative
 
     Returns:
-        int: may be negative
+        Place:
+    """
+    return tuple(Part(axis % tensor.ndim, tensor.shape[axis]) for axis in axes if -tensor.ndim <= axis < tensor.ndim)
+
+
+def units_in(place: Place) -> int:
+    """
+    How many units a place tells apart.
+
+    Args:
+        place (Place):
+
+    Returns:
+        int:
+    """
+    return math.prod(part.size for part in place)
+
+
+def units_last(tensor: torch.Tensor, place: Place) -> tuple[torch.Tensor, int]:
+    """
+    A tensor with all units on one axis.
+
+    Args:
+        tensor (Tensor):
+        place (Place): not empty
+
+    Returns:
+        Tuple[Tensor, int]: itself and their axis where they are on one
+            already, else its numbers in another order and the last axis
 
     Example:
-        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.axes import layer_axis
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.axes import (
+        >>>     Part, units_last)
         >>> import torch
-        >>> layer_axis('conv2d', (), [], torch.empty(2, 3, 8, 8))
-        -3
-        >>> layer_axis('matmul', (), ['proj', None], torch.empty(2, 4, 5))
-        -2
-        >>> layer_axis('einsum', ('bnc,cd->bdn',), [None, 'proj'], torch.empty(2, 4, 5))
-        -2
+        >>> # Heads on the axis of the examples, features on the last
+        >>> heads, features = Part(axis=0, size=3), Part(axis=2, size=4)
+        >>> rows, axis = units_last(torch.empty(2 * 3, 5, 4), (heads, features))
+        >>> tuple(rows.shape), axis
+        ((2, 5, 12), 2)
     """
-    return LAYERS[name](args, owners, output)
+    if len(place) == 1 and place[0].size == tensor.shape[place[0].axis]:
+        return tensor, place[0].axis
+    tensor, axes = parts_apart(tensor, place)
+    others = [axis for axis in range(tensor.ndim) if axis not in axes]
+    return tensor.permute(*others, *axes).flatten(len(others)), len(others)
 
 
-@LAYERS.of('linear', 'bilinear', 'embedding', 'embedding_bag', 'multi_head_attention_forward', 'lstm', 'gru',
-           'rnn_tanh', 'rnn_relu', 'lstm_cell', 'gru_cell', 'rnn_tanh_cell', 'rnn_relu_cell',
-           'mv', 'addmv', 'tensordot', 'inner')
-def _features(args, owners, output):
-    return -1
+def each_apart(tensor: torch.Tensor, place: Place, matrices: Place, labels=None) -> list[torch.Tensor]:
+    """
+    The outputs of a layer that has several matrices, each by itself.
+
+    Args:
+        tensor (Tensor):
+        place (Place): of the units
+        matrices (Place): of the matrices
+        labels (Tuple[Tensor, int] | None): for each place on `matrices` which
+            of so many it is; by default they are all different
+
+    Returns:
+        List[Tensor]: for each matrix, with the units on the last axis
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.axes import (
+        >>>     Part, each_apart)
+        >>> import torch
+        >>> [tuple(x.shape) for x in each_apart(torch.empty(5, 2 * 3), (Part(1, 3),), (Part(1, 2, step=3),))]
+        [(5, 3), (5, 3)]
+    """
+    tensor, axes = parts_apart(tensor, (*matrices, *place))
+    first, last = axes[:len(matrices)], axes[len(matrices):]
+    others = [axis for axis in range(tensor.ndim) if axis not in axes]
+    found = tensor.permute(*first, *others, *last).flatten(-len(last)).flatten(0, len(first) - 1)
+    if labels is None:
+        return list(found)
+    own, count = labels
+    return [found[own == i] for i in range(count)]
 
 
-# Unbatched inputs have no batch axis, so that it is counted from the end.
-for _dims in (1, 2, 3):
-    LAYERS.of(f'conv{_dims}d', f'conv_transpose{_dims}d')(lambda *call, axis=-1 - _dims: axis)
+def parts_apart(tensor: torch.Tensor, place: Place) -> tuple[torch.Tensor, list[int]]:
+    """
+    A tensor in which each part of a place has an axis to itself.
 
+    Args:
+        tensor (Tensor):
+        place (Place):
 
-@LAYERS.of('matmul', '__matmul__', 'mm', 'bmm')
-def _product(args, owners, output):
-    """ The columns of the right operand are units, or the rows of a weight on the left. """
-    weight_first = len(owners) > 1 and owners[0] is not None and owners[1] is None
-    return -2 if weight_first and getattr(output, 'ndim', 0) > 1 else -1
-
-
-@LAYERS.of('__rmatmul__')
-def _reflected_product(args, owners, output):
-    return _product(args, owners[1::-1], output)
-
-
-@LAYERS.of('addmm', 'addbmm', 'baddbmm')
-def _sum_of_product(args, owners, output):
-    return _product(args, owners[1:], output)
-
-
-@LAYERS.of('einsum')
-def _einsum(args, owners, output):
-    """ The last letter of the output that only the weight has. """
-    if isinstance(args[0], str) and '->' in args[0]:
-        operands, out = args[0].replace(' ', '').split('->')
-        operands = operands.split(',')
-        if len(operands) == len(owners):
-            of_inputs = ''.join(x for x, owner in zip(operands, owners, strict=True) if owner is None)
-            of_weight = [letter for letter in out if letter.isalpha() and letter not in of_inputs]
-            if of_weight:
-                return out.index(of_weight[-1]) - len(out)
-    return -1
+    Returns:
+        Tuple[Tensor, List[int]]: and the axes, in the order of the parts
+    """
+    axes, shift = {}, 0
+    for axis in sorted({part.axis for part in place}):
+        at = axis + shift
+        left, sizes = tensor.shape[at], []
+        for part in sorted((part for part in place if part.axis == axis), key=lambda part: -part.step):
+            behind = part.size * part.step
+            sizes += [left // behind, part.size]
+            axes[part] = at + len(sizes) - 1
+            left = part.step
+        tensor = tensor.unflatten(at, (*sizes, left))
+        shift += len(sizes)
+    return tensor, [axes[part] for part in place]
 
 
 # --- where units go -------------------------------------------------------------
 
+# Rules for where each axis goes: rule(args, kwargs, source, output) returns for
+# each axis of the source its axis in the output, None where it is gone.
 MOVES = Rules()
+_RESHAPES = {'reshape', 'view', 'flatten', 'unflatten', 'reshape_as', 'view_as', 'ravel'}
 
 
 def follow_units(name: str, args: tuple, kwargs: dict, source: torch.Tensor, place: Place,
@@ -196,112 +204,226 @@ def follow_units(name: str, args: tuple, kwargs: dict, source: torch.Tensor, pla
         output (Tensor): what the call returned
 
     Returns:
-        Place:
+        Place: `place` itself where nothing has moved
 
     Example:
         >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.axes import (
-        >>>     Place, follow_units)
+        >>>     Part, follow_units)
         >>> import torch
         >>> x = torch.empty(2, 4, 4, 4)
-        >>> channels = Place(axis=1, units=4)
-        >>> follow_units('permute', (x, (0, 2, 3, 1)), {}, x, channels, x.permute(0, 2, 3, 1)).axis
-        3
-        >>> follow_units('mean', (x, (2, 3)), {}, x, channels, x.mean((2, 3))).axis
-        1
+        >>> channels = (Part(axis=1, size=4),)
+        >>> follow_units('permute', (x, (0, 2, 3, 1)), {}, x, channels, x.permute(0, 2, 3, 1))
+        (Part(axis=3, size=4, step=1),)
+        >>> follow_units('mean', (x, (2, 3)), {}, x, channels, x.mean((2, 3)))
+        (Part(axis=1, size=4, step=1),)
         >>> # One axis of frames and channels, and apart again
-        >>> together = follow_units('reshape', (), {}, x, Place(axis=1, units=4), x.reshape(8, 4, 4))
+        >>> together = follow_units('reshape', (), {}, x, channels, x.reshape(8, 4, 4))
         >>> together
-        Place(axis=0, units=4, step=1)
+        (Part(axis=0, size=4, step=1),)
         >>> follow_units('reshape', (), {}, x.reshape(8, 4, 4), together, x)
-        Place(axis=1, units=4, step=1)
+        (Part(axis=1, size=4, step=1),)
+        >>> # Two heads of two features each
+        >>> follow_units('view', (), {}, x, (Part(3, 4),), x.view(2, 4, 4, 2, 2))
+        (Part(axis=3, size=2, step=1), Part(axis=4, size=2, step=1))
     """
-    if output is source or (name not in PRODUCTS and output.shape == source.shape
-                            and output.stride() == source.stride()):
+    if output is source or (output.shape == source.shape and output.stride() == source.stride()) or not place:
         return place  # by far the most calls
-    if not output.ndim or not source.ndim:  # as the gradient of a loss
-        return place._replace(axis=max(0, output.ndim - 1))
-    return MOVES.get(name, _moves)(args, kwargs, source, place, output)
+    if name in _RESHAPES:
+        return _reshaped(place, source, output) if output.numel() == source.numel() else ()
+    move = MOVES.get(name)
+    if move is None and output.ndim == source.ndim:
+        axes = range(source.ndim)
+    else:
+        axes = (move or _moves)(args, kwargs, source, output)
+    moved = []
+    for part in place:
+        axis = axes[part.axis]
+        if axis is not None and axis < output.ndim:
+            moved.append(_resized(part._replace(axis=axis), source.shape[part.axis], output.shape[axis],
+                                  name in SLICES))
+    moved = tuple(part for part in moved if part is not None)
+    return place if moved == place else moved
 
 
-@MOVES.of('reshape', 'view', 'flatten', 'unflatten', 'reshape_as', 'view_as', 'ravel')
-def _reshapes(args, kwargs, source, place, output):
-    """ A reshape keeps the order of the elements, and so how many of them are behind one unit. """
-    if output.numel() != source.numel():  # as a view of other numbers
-        return _moves(args, kwargs, source, place, output)
+def _resized(part, before, after, is_slice):
+    """ A part on an axis that may have become longer, as by concatenation, or shorter. """
+    if before == after:
+        return part
+    if part.size == before:
+        # A sum over all units has none; the one that a slice has picked is one.
+        return part._replace(size=after) if after > 1 or is_slice else None
+    return part if after % (part.size * part.step) == 0 else None
+
+
+def _reshaped(place, source, output):
+    """
+    A reshape keeps the order of the elements: that an element is of the k-th
+    unit of a part says a digit of its number, and so does each axis.
+    """
     before, after = source.shape, output.shape
-    axis, units, step = place
-    inner = step
-    for size in before[axis + 1:]:
-        inner *= size
-    first = last = len(after) - 1
-    behind = step_of_last = 1
-    for i in reversed(range(len(after))):
-        if behind == inner and after[i] == units:
-            return Place(i, units)
-        if behind <= inner < behind * after[i]:
-            last, step_of_last = i, inner // behind
-        if behind < inner * units <= behind * after[i]:
-            first = i
-        behind *= after[i]
-    # Where units are split: features take the last part, as in the heads of
-    # attention; channels the first, as a pixel shuffle makes positions of the others.
-    if first == last or axis == len(before) - 1:
-        return Place(last, units, step_of_last)
-    return Place(first, after[first])
+    if not output.numel():
+        return ()
+    of_example = math.prod(before[1:])  # elements behind one place on the first axis
+    behind = [math.prod(after[i + 1:]) for i in range(len(after))]
+    pieces = []
+    for axis, size, step in place:
+        low = step * math.prod(before[axis + 1:])
+        high = low * size
+        for i, length in enumerate(after):
+            start, end = max(low, behind[i]), min(high, behind[i] * length)
+            if start < end and start % behind[i] == 0 and end % start == 0:
+                pieces.append((Part(i, end // start, start // behind[i]), end))
+    found = []
+    for i in dict.fromkeys(part.axis for part, _ in pieces):
+        own = [(part, end) for part, end in pieces if part.axis == i]
+        if math.prod(part.size for part, _ in own) == after[i]:
+            found.append(Part(i, after[i]))
+            continue
+        # Together with positions; with the examples of a batch, or as all that there is, it stays.
+        part, end = own[0]
+        for other, other_end in own[1:]:  # neighbours that belong together
+            if part.step == other.size * other.step:
+                part = Part(i, part.size * other.size, other.step)
+            elif other.step == part.size * part.step:
+                part, end = Part(i, part.size * other.size, part.step), other_end
+        alone = len({x.axis for x, _ in pieces}) == 1
+        if alone or (i == 0 and end >= of_example):
+            found.append(part)
+    place_after = tuple(found)
+    return place if place_after == place else place_after
 
 
-@MOVES.of(*PRODUCTS, 'scaled_dot_product_attention')
-def _attends(args, kwargs, source, place, output):
-    return _at(output.ndim - 1, source, place, output)
+def _dims(args, kwargs, ndim, names=('dim', 'dims', 'axis')):
+    """ The dimensions that a call names, not negative, or None. """
+    given = next((kwargs[name] for name in names if name in kwargs), None)
+    if given is None and len(args) > 1:
+        given = args[1:] if isinstance(args[1], int) else args[1]
+    given = (given,) if isinstance(given, int) else given
+    if not isinstance(given, (list, tuple)) or not all(type(dim) is int for dim in given):
+        return None
+    return [dim % ndim for dim in given]
 
 
-@MOVES.of('permute', 'transpose', 'swapaxes', 'swapdims', 'movedim', 'moveaxis', 't', 'mT', 'T')
-def _permutes(args, kwargs, source, place, output):
-    axis = _axis_of_view(source, place.axis, output)
-    # Where a part of the units is not on one axis any more, the last.
-    return _at(output.ndim - 1 if axis is None else axis, source, place, output)
+@MOVES.of('permute')
+def _permutes(args, kwargs, source, output):
+    dims = _dims(args, kwargs, source.ndim)
+    return [dims.index(axis) for axis in range(source.ndim)]
+
+
+@MOVES.of('transpose', 'swapaxes', 'swapdims')
+def _swaps(args, kwargs, source, output):
+    first, second = (dim % source.ndim for dim in (*args[1:], *kwargs.values()))
+    return _swapped(source.ndim, first, second)
+
+
+@MOVES.of('t', 'mT', 'mH', 'adjoint')
+def _transposes(args, kwargs, source, output):
+    return _swapped(source.ndim, -2, -1) if source.ndim > 1 else [0]
+
+
+def _swapped(ndim, first, second):
+    axes = list(range(ndim))
+    axes[first], axes[second] = axes[second], axes[first]
+    return axes
+
+
+@MOVES.of('T', 'H')
+def _reverses(args, kwargs, source, output):
+    return list(range(source.ndim))[::-1]
+
+
+@MOVES.of('movedim', 'moveaxis')
+def _moves_axes(args, kwargs, source, output):
+    given = [*args[1:], *kwargs.values()]
+    old, new = ([dim % source.ndim for dim in ([x] if isinstance(x, int) else x)] for x in given)
+    order = [axis for axis in range(source.ndim) if axis not in old]
+    for at, axis in sorted(zip(new, old, strict=True)):
+        order.insert(at, axis)
+    return [order.index(axis) for axis in range(source.ndim)]
 
 
 @MOVES.of('stack')
-def _stacks(args, kwargs, source, place, output):
+def _stacks(args, kwargs, source, output):
     dim = kwargs.get('dim', args[1] if len(args) > 1 else 0) % output.ndim
-    return _at(place.axis + (dim <= place.axis), source, place, output)
+    return [axis + (dim <= axis) for axis in range(source.ndim)]
 
 
-def _moves(args, kwargs, source, place, output):
-    """ All other functions: indexing, reductions, and what keeps each axis. """
-    axis, last = place.axis, output.ndim - 1
-    of_view = _axis_of_view(source, axis, output)
-    if of_view is not None:
-        return _at(of_view, source, place, output)
-    if output.ndim == source.ndim:
-        return _at(axis, source, place, output)
-    dim = kwargs.get('dim', args[1] if len(args) > 1 else None)
-    dims = [dim] if isinstance(dim, int) else dim
-    if isinstance(dims, (list, tuple)) and all(isinstance(d, int) for d in dims):
-        dims = {d % source.ndim for d in dims}
-        if len(dims) == source.ndim - output.ndim and axis not in dims:
-            return _at(axis - sum(d < axis for d in dims), source, place, output)
-    # Indexing with a mask merges leading axes: count from the end.
-    for guess in (axis - source.ndim + output.ndim, axis):
-        if 0 <= guess <= last and output.shape[guess] == source.shape[axis]:
-            return _at(guess, source, place, output)
-    return _at(last, source, place, output)
+@MOVES.of('unsqueeze')
+def _inserts(args, kwargs, source, output):
+    dim = kwargs.get('dim', args[1] if len(args) > 1 else 0) % output.ndim
+    return [axis + (dim <= axis) for axis in range(source.ndim)]
 
 
-def _at(axis, source, place, output):
-    # Units are fewer in a part of them, as after a chunk.
-    units = output.shape[axis] if source.shape[place.axis] == place.units else place.units
-    return Place(axis, units, place.step)
+@MOVES.of('squeeze')
+def _squeezes(args, kwargs, source, output):
+    dims = _dims(args, kwargs, source.ndim)
+    gone = [axis for axis in range(source.ndim) if source.shape[axis] == 1 and (dims is None or axis in dims)]
+    return _without(source.ndim, gone)
 
 
-def _axis_of_view(source, axis, output):
-    """ A view keeps the stride of an axis, wherever it goes. """
-    try:
-        if source.untyped_storage()._cdata != output.untyped_storage()._cdata:
-            return None
-    except (NotImplementedError, RuntimeError):  # a tensor without storage of its own
-        return None
-    same = [i for i, size in enumerate(output.shape)
-            if size == source.shape[axis] and output.stride(i) == source.stride(axis)]
-    return axis if axis in same else same[-1] if same else None
+@MOVES.of('select', 'unbind')
+def _picks(args, kwargs, source, output):
+    dim = kwargs.get('dim', args[1] if len(args) > 1 else 0)
+    return _without(source.ndim, [dim % source.ndim])
+
+
+def _without(ndim, gone):
+    return [None if axis in gone else axis - sum(other < axis for other in gone) for axis in range(ndim)]
+
+
+@MOVES.of('expand', 'expand_as', 'broadcast_to', 'repeat', 'tile')
+def _repeats(args, kwargs, source, output):
+    return [axis + output.ndim - source.ndim for axis in range(source.ndim)]
+
+
+@MOVES.of('__getitem__')
+def _indexes(args, kwargs, source, output):
+    index = args[1] if isinstance(args[1], tuple) else (args[1],)
+    taken = sum(getattr(item, 'ndim', 1) if _is_mask(item) else 1 for item in index
+                if item is not None and item is not Ellipsis and not isinstance(item, bool))
+    axes, old, new, merged = [None] * source.ndim, 0, 0, None
+    for item in index:
+        if item is None:
+            new += 1
+        elif item is Ellipsis:
+            for _ in range(source.ndim - taken):
+                axes[old], old, new = new, old + 1, new + 1
+        elif isinstance(item, slice):
+            axes[old], old, new = new, old + 1, new + 1
+        elif isinstance(item, int):
+            old += 1
+        else:  # a tensor or a list; several take one place together
+            many = item.ndim if _is_mask(item) else 1
+            if merged is None:
+                merged = new
+                new += 1 if _is_mask(item) else getattr(item, 'ndim', 1)
+                if many == 1:
+                    axes[old] = merged
+            old += many
+    for axis in range(old, source.ndim):
+        axes[axis], new = new, new + 1
+    return axes
+
+
+def _is_mask(item):
+    return isinstance(item, torch.Tensor) and item.dtype in {torch.bool, torch.uint8}
+
+
+@MOVES.of('unfold')
+def _unfolds(args, kwargs, source, output):
+    # Of a tensor one more axis at the end, of an image patches with their channels first.
+    return range(source.ndim) if output.ndim > source.ndim else [0, 1, *[2] * (source.ndim - 2)]
+
+
+def _moves(args, kwargs, source, output):
+    """ All other functions that change the number of dimensions, such as reductions. """
+    if not output.ndim:
+        return [None] * source.ndim
+    dims = _dims(args[:2], kwargs, source.ndim) if source.ndim else None
+    if dims is not None and len(set(dims)) == source.ndim - output.ndim:
+        return _without(source.ndim, set(dims))
+    # Leading axes that are merged or new: count from the end.
+    shift = output.ndim - source.ndim
+    return [axis + shift if 0 <= axis + shift and output.shape[axis + shift] == source.shape[axis]
+            else axis if axis < output.ndim and output.shape[axis] == source.shape[axis] else None
+            for axis in range(source.ndim)]

@@ -8,6 +8,9 @@ layer produced it, and on which axis its units are. A site is (module,
 function, producing layer, k-th such call since that layer ran): one ``nn.ReLU``
 used after two layers is two sites, one layer that runs for each item of a list
 is one.
+
+Which of them are hidden layers shows only later, when a further trained layer
+takes in what came of them; until then the observer's numbers are provisional.
 """
 import contextlib
 import functools
@@ -18,13 +21,15 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from .axes import default_axis
+from .axes import Part, default_axis, each_apart, units_in, units_last
 from .functions import SATURATED_VALUES, level, saturated_values
 from .modules import FUSED_FUNCTIONS, Modules
 from .sites import Site
 from .trails import Trails, tensors_in
+from .written import CASTS, COMPARISONS, GATES, WRITTEN, as_written
 
 _RETURNED = (torch.Tensor, tuple, list)
+_SET_ITEM = torch.Tensor.__setitem__
 
 
 class Capture(TorchFunctionMode):
@@ -42,9 +47,20 @@ class Capture(TorchFunctionMode):
             which its input is positive.
         on_error (Callable | None): called with an exception of ours, after
             which this capture sees nothing more. By default it is raised.
+        is_trained (Callable[[str, Parameter], bool] | None): whether an
+            optimizer has a parameter that requires a gradient; by default all have one
+        everything (bool): observe also activations without a trained layer before them
+        names (Callable[[str], bool]): whether the user names a module of this
+            path, whose activations count wherever they are
+        parts (Set[Site] | None): shared by captures, see below
 
     Attributes:
-        unseen (Dict[str, str]): module path to the fused function that ran
+        hidden (Set[Site]): sites that are hidden layers, as seen so far
+        parts (Set[Site]): sites that are only part of an activation that is
+            written out, as the sigmoid of ``x * sigmoid(x)``
+        empty (Dict[Site, Tuple[float, ...]]): sites that were called without a
+            sample, and the values at which their units are dead
+        unseen (Dict[str, str]): module path to the reason why activations in it are not seen
         seconds (float): of our own work so far, without that of `observe`
 
     Example:
@@ -58,11 +74,18 @@ class Capture(TorchFunctionMode):
         [('1', (2, 4), 1, (0.0,), 0.0)]
     """
 
-    def __init__(self, model, observe, on_error=None):
+    def __init__(self, model, observe, on_error=None, is_trained=None, everything=True,
+                 names=lambda path: False, parts=None):
         super().__init__()
         self._model = model
         self._observe = observe
         self._on_error = on_error
+        self._is_trained = is_trained
+        self._everything = everything
+        self._names = names
+        self.parts = set() if parts is None else parts
+        self.hidden = set()
+        self.empty = {}
         self.unseen = {}
         self.seconds = 0.
         self._modules = self._trails = None
@@ -81,7 +104,8 @@ class Capture(TorchFunctionMode):
 
     def __enter__(self):
         self._modules = Modules(self._model)
-        self._trails = Trails(self._modules.named)
+        self._trails = Trails(self._modules.named, self._is_trained)
+        self.hidden = self._trails.confirmed
         with contextlib.ExitStack() as exit:
             exit.enter_context(_eager())
             exit.enter_context(self._modules.followed(self._entering, self._leaving))
@@ -134,6 +158,8 @@ class Capture(TorchFunctionMode):
                 super().__enter__()
                 if returned:
                     self._guard(self._look_apart, running, args, *kwargs_and_output)
+            if running.is_opaque and returned:
+                self._guard(self._run_as_one, running, args, *kwargs_and_output)
             if running.activation and returned:
                 self._guard(self._report_module, running, kwargs_and_output[1])
 
@@ -147,7 +173,8 @@ class Capture(TorchFunctionMode):
         outputs = tensors_in([output])
         if isinstance(running.module, nn.MultiheadAttention):  # it has no activation
             self.unseen[running.path] = 'scaled_dot_product_attention'
-            self._trails.start(running.path, outputs[:1], -1)
+            self._trails.start(running.path, outputs[:1], lambda x: -1, tensors_in([args, kwargs]),
+                               self._trails.is_trained(running.path, running.module))
         elif outputs and not any(x.is_nested for x in tensors_in([args, kwargs])):
             self._modules.push(running)
             self._suspended = running.module  # so that nothing inside is suspended again
@@ -161,6 +188,12 @@ class Capture(TorchFunctionMode):
             if trail is not None:
                 self._trails.remember(outputs[0], trail)
 
+    def _run_as_one(self, running, args, kwargs, output):
+        """ A module whose functions cannot be seen: a layer. """
+        self.unseen[running.path] = running.is_opaque
+        self._trails.start(running.path, tensors_in([output]), default_axis, tensors_in([args, kwargs]),
+                           self._trails.is_trained(running.path, running.module))
+
     # --- the functions that are called -------------------------------------
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -168,55 +201,96 @@ class Capture(TorchFunctionMode):
         # Many calls only ask for a size. Activation checkpointing runs the forward again inside backward.
         if isinstance(output, _RETURNED) and type(output) is not torch.Size and self._graph_task() == -1:
             self._guard(self._follow, func, args, kwargs or {}, output)
+        elif output is None and func is _SET_ITEM and self._graph_task() == -1:
+            self._guard(self._follow, func, args, {}, args[0])
         return output
 
     def _follow(self, func, args, kwargs, output):
         found = [output] if isinstance(output, torch.Tensor) else tensors_in(output)
         outputs = [x for x in found if x.is_floating_point()]
-        if not outputs or self._functorch_level() is not None:
+        name, path, trails = name_of(func), self._modules.path, self._trails
+        if name in COMPARISONS or name in CASTS:
+            trails.compare(name, args, output)
+        if not outputs:
             return
-        name, path = name_of(func), self._modules.path
+        if self._functorch_level() is not None:
+            if name in SATURATED_VALUES:
+                self.unseen[path] = 'a transform of torch.func'
+            return
         if name in FUSED_FUNCTIONS:
             self.unseen[path] = name
-        has_samples = self._trails.follow(name, args, kwargs, outputs, output, path)
-        if has_samples and name in SATURATED_VALUES and not self._modules.inside:
-            self._report(name, args, kwargs, outputs[0])
+        is_activation = name in SATURATED_VALUES
+        written = as_written(name, args, kwargs, trails) if name in WRITTEN and not is_activation else None
+        has_samples = trails.follow(name, args, kwargs, outputs, path)
+        if not has_samples or self._modules.inside:
+            return
+        if is_activation:
+            self._report(name, outputs[0], saturated_values(name, args, kwargs), level(name, args, kwargs))
+        elif written is not None:
+            name, values, parts = written
+            self.parts.update(parts)
+            self._report(name, outputs[0], values, level(name), parts)
+        elif name in GATES:
+            trails.activate(outputs[0], name, ())
 
     def _report_module(self, running, output):
         if not self._modules.inside and isinstance(output, torch.Tensor):
             self._modules.push(running._replace(activation=None))
             try:
                 with torch._C.DisableTorchFunction():  # unlike a call, a hook runs under our mode
-                    self._report(running.activation, (), {}, output)
+                    name = running.activation
+                    self._report(name, output, saturated_values(name), level(name))
             finally:
                 self._modules.pop()
 
-    def _report(self, name, args, kwargs, output):
+    def _report(self, name, output, values, above, parts=()):
         if not _can_be_read(output):
             return
-        running, trail = self._modules.top, self._trails.of([output])
-        path = self._modules.path
+        trail, path = self._trails.get(output), self._modules.path
         if trail is None:
-            layer, axis, nth = '', default_axis(output), 0
+            layer, nth, place, matrices = '', 0, (Part(default_axis(output), output.shape[default_axis(output)]),), ()
         else:
-            layer, axis = trail.run.layer, trail.place.axis
+            layer, place, matrices = trail.run.layer, trail.place, trail.matrices
             key = path, name, trail.extent
             nth = trail.run.calls.get(key, 0)
             trail.run.calls[key] = nth + 1
-        if not output.numel():
+        if not place:
+            self.unseen[path] = f'{name} of what has no axis of units, as the scores of attention'
+            self._trails.activate(output, name, (), parts)
             return
-        key = path, name, layer, nth, output.shape[axis]
+        pieces = [(layer, output.detach().as_subclass(torch.Tensor), place)]
+        if matrices:  # each expert of a mixture is a layer of its own
+            pieces = [(f'{layer}.{i}', one, (Part(one.ndim - 1, one.shape[-1]),))
+                      for i, one in enumerate(each_apart(pieces[0][1], place, matrices, trail.labels))]
+        sites = tuple(self._site(path, name, own_layer, nth, units_in(own)) for own_layer, _, own in pieces)
+        self._trails.activate(output, name, sites, parts)
+        is_named = self._names(path)
+        if is_named:
+            self.hidden.update(sites)
+        if is_named or self._everything or (trail is not None and trail.is_trained):
+            for site, (_, one, own) in zip(sites, pieces, strict=True):
+                if not one.numel():
+                    self.empty[site] = values
+                elif site not in self.parts:
+                    self._look(site, *units_last(one, own), values, above)
+
+    def _site(self, path, *key):
+        key = (path, *key)
         site = self._sites.get(key)
         if site is None:
+            running = self._modules.top
             site = self._sites[key] = Site(*key, is_module=running is not None and running.is_leaf)
-        device, start = output.device.type, time.perf_counter()
-        observed = site, output.detach(), axis, saturated_values(name, args, kwargs), level(name, args, kwargs)
+        return site
+
+    def _look(self, site, *seen):
+        """ Hand one output to the observer. """
+        device, start = seen[0].device.type, time.perf_counter()
         with torch.no_grad(), _unseen():
             if torch.is_autocast_enabled(device):
                 with torch.autocast(device, enabled=False):
-                    self._observe(*observed)
+                    self._observe(site, *seen)
             else:
-                self._observe(*observed)
+                self._observe(site, *seen)
         self.seconds -= time.perf_counter() - start
 
 

@@ -6,6 +6,7 @@ Two global hooks of torch follow them, so that nothing is attached to the model.
 import contextlib
 from typing import NamedTuple
 
+import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
@@ -30,11 +31,13 @@ class Running(NamedTuple):
         path (str): its name in the model
         activation (str | None): its class, where that is registered as an activation
         may_be_fast (bool): whether it may take a fast path
+        is_opaque (str | None): why its functions cannot be seen
     """
     module: nn.Module
     path: str
     activation: str | None
     may_be_fast: bool
+    is_opaque: str | None = None
 
     @property
     def is_leaf(self):
@@ -121,7 +124,8 @@ class Modules:
             return None
         name = type(module).__name__
         running = self._known[id(module)] = Running(
-            module, path, name if name in SATURATED_VALUES else None, isinstance(module, _FAST_PATHS))
+            module, path, name if name in SATURATED_VALUES else None, isinstance(module, _FAST_PATHS),
+            'torch.jit' if isinstance(module, torch.jit.ScriptModule) else None)
         return running
 
     def leave(self, module):

@@ -31,7 +31,7 @@ class Site:
     function: str
     layer: str = ''
     nth: int = 0
-    units: int = 0
+    units: int = dataclasses.field(default=0, compare=False)  # one site has one number of units
     is_module: bool = False
 
     def names(self) -> list[str]:

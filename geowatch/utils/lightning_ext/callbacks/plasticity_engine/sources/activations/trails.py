@@ -1,5 +1,9 @@
 """
-Which tensor came from where: the run of a layer, and the axis of its units.
+Which tensor came from where: the run of a layer, and the axes of its units.
+
+A tensor's trail also knows the activations on its way since the last trained
+layer. Once a further trained layer takes it in, they are hidden layers; those
+of which that never happens, as in a loss or a metric, are none.
 """
 import itertools
 import weakref
@@ -8,7 +12,16 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .axes import LAYERS, NORM_AXIS, PRODUCTS, SLICES, Place, follow_units, layer_axis
+from .axes import SLICES, Place, follow_units, units_in, whole
+from .layers import LAYERS, NORM_AXIS, layer_places
+from .owners import LOOKUPS, Owners, slice_name
+from .products import OPERANDS, PRODUCTS, follow_product
+from .written import CASTS, COMPARISONS
+
+_NONE = frozenset()
+# What has the shape or type of another tensor, and none of its numbers.
+_FRESH = {'zeros_like', 'ones_like', 'empty_like', 'full_like', 'rand_like', 'randn_like', 'randint_like',
+          'new_zeros', 'new_ones', 'new_empty', 'new_full', 'new_tensor'}
 
 
 class Run:
@@ -35,11 +48,23 @@ class Trail(NamedTuple):
     Attributes:
         run (Run): of the layer that ran last on the way to it
         place (Place): of its units
+        matrices (Place): of the matrices of the layer's weight, if it has several
+        labels (Tuple[Tensor, int] | None): where each place on `matrices` is of one of so many
         extent (int): which slice of what the layer produced
+        root (int): tensors of one root are computed element by element from each other
+        acts (Tuple[Tuple[str, Tuple[Site, ...]], ...]): activations since the root
+        pending (FrozenSet[Site]): those since the last trained layer
+        is_trained (bool): whether there is a trained layer on the way
     """
     run: Run
     place: Place
+    matrices: Place = ()
+    labels: tuple | None = None
     extent: int = 0
+    root: int = 0
+    acts: tuple = ()
+    pending: frozenset = _NONE
+    is_trained: bool = True
 
 
 class _Known(weakref.ref):
@@ -54,6 +79,11 @@ class Trails:
     Args:
         named (List[Tuple[str, nn.Module]]): modules by their paths, whose
             parameters and buffers are known by their layer
+        is_trained (Callable[[str, Parameter], bool] | None): whether an
+            optimizer has a parameter that requires a gradient; by default all have one
+
+    Attributes:
+        confirmed (Set[Site]): activations with a trained layer before and after them
 
     Example:
         >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.trails import Trails
@@ -61,25 +91,22 @@ class Trails:
         >>> layer = torch.nn.Linear(3, 4)
         >>> trails, x = Trails([('fc', layer)]), torch.ones(2, 3)
         >>> y = layer(x)
-        >>> trails.follow('linear', (x, layer.weight, layer.bias), {}, [y], y, path='fc')
-        >>> trail = trails.of([y])
-        >>> trail.run.layer, trail.place
-        ('fc', Place(axis=1, units=4, step=1))
+        >>> trails.follow('linear', (x, layer.weight, layer.bias), {}, [y], 'fc')
+        True
+        >>> trail = trails.get(y)
+        >>> trail.run.layer, trail.place, trail.is_trained
+        ('fc', (Part(axis=1, size=4, step=1),), True)
     """
 
-    def __init__(self, named):
-        self._constants = {}  # id of a parameter or buffer to the path of its layer
-        for path, module in named:
-            layer = _layer_path(path) if 'parametrizations' in path else path
-            for table in (module._parameters, module._buffers):
-                for tensor in table.values():
-                    self._constants[id(tensor)] = layer
-        self._constants.pop(id(None), None)
+    def __init__(self, named, is_trained=None):
+        self.confirmed = set()
+        self._owners = Owners(named, is_trained)
         self._known = {}      # id of a tensor to _Known
+        self._masks = {}      # id of a comparison with zero to itself, the trail of what it compares, and which way
         self._order = itertools.count(1)
 
     # This runs for each call of a torch function: it has to be cheap.
-    def follow(self, name, args, kwargs, outputs, output, path):
+    def follow(self, name, args, kwargs, outputs, path):
         """
         Note one call of a torch function.
 
@@ -88,7 +115,6 @@ class Trails:
             args (tuple): of the call
             kwargs (dict): of the call
             outputs (List[Tensor]): those of floating point that it returned
-            output (Tensor | Tuple[Tensor, ...]): all that it returned
             path (str): of the module that runs
 
         Returns:
@@ -98,59 +124,230 @@ class Trails:
         if kwargs:
             inputs += tensors_in(kwargs.values())
         source = trail = weight = None
+        several = False
         owners = []  # of those inputs that are weights, or made of weights alone
         for x in inputs:
             known = self._known.get(id(x))
             if known is None:
-                owner = self._constants.get(id(x))
+                owner = self._owners.known.get(id(x))
                 if owner is None and isinstance(x, nn.Parameter):
-                    owner = path  # sharding replaces parameters just before they are used
+                    owner = self._owners.of_unknown(x, path)
             else:
                 owner = known.owner
-                own = known.trail
-                if own is not None and (trail is None or own.run.order > trail.run.order):
-                    source, trail = x, own
+                if known.trail is not None:
+                    if trail is None:
+                        source, trail = x, known.trail
+                    elif known.trail is not trail:
+                        several = True
             owners.append(owner)
-            if weight is None:
+            if owner is not None and (weight is None or owner.rank > weight.rank):
                 weight = owner
-        is_constant = bool(inputs) and None not in owners
-        if name in LAYERS and (name not in PRODUCTS or (not is_constant and weight is not None)):
-            self.start(path if weight is None else weight, outputs, layer_axis(name, args, owners, output))
-        elif is_constant:
-            for x in outputs:
-                if id(x) not in self._constants:
-                    self.remember(x, None, owners[0])
-            return False
+        if name in _FRESH:
+            return True
+        is_layer = name in LAYERS
+        if weight is not None:
+            if name == 'grad':  # fast weights are made of it
+                self._own_gradients(args, kwargs, outputs)
+                return False
+            if name in LOOKUPS and owners[0] is weight and None in owners:
+                table = inputs[0]
+                if table.ndim > 2:
+                    self.remember(outputs[0], None, weight._replace(labels=inputs[-1], count=len(table)))
+                    return False
+                name, is_layer = 'embedding', True  # written by hand
+            # A product with a buffer is a layer on data, as are points that a network holds.
+            if None not in owners and not (is_layer and owners[0].is_data):
+                for x, owner in self._owners.made(name, inputs, owners, weight, outputs):
+                    self.remember(x, None, owner)
+                return False
+        if is_layer and (weight is not None or name not in PRODUCTS):
+            self._run_layer(name, args, inputs, owners, weight, outputs, path)
         elif trail is not None:
-            for x in outputs:
-                place, extent = follow_units(name, args, kwargs, source, trail.place, x), trail.extent
-                if name in SLICES and x.ndim and x.numel() < source.numel() and (
-                        x.shape[place.axis] == source.shape[trail.place.axis]):
-                    extent = next(self._order)
-                same = place == trail.place and extent == trail.extent
-                self.remember(x, trail if same else Trail(trail.run, place, extent))
+            self._pass_on(name, args, kwargs, inputs, outputs, source, trail, several)
         elif name in NORM_AXIS:
-            self.start(path, outputs, NORM_AXIS[name])
+            for x in outputs:
+                self.remember(x, self._trail(path, whole(x, [NORM_AXIS[name]]), is_trained=False))
         return True
 
-    def start(self, layer, outputs, axis):
-        """ A layer ran: everything made of its outputs (List[Tensor]) leads back to here. """
-        run = Run(layer, next(self._order))
+    def _pass_on(self, name, args, kwargs, inputs, outputs, source, trail, several):
+        """ Anything but a layer. """
+        pending, is_trained, root, place_of_product = trail.pending, trail.is_trained, None, None
+        if several or name in OPERANDS:
+            found = [(x, own) for x, own in ((x, self.get(x)) for x in inputs) if own is not None]
+            pending = _NONE.union(*(own.pending for _, own in found)) - self.confirmed
+            is_trained = any(own.is_trained for _, own in found)
+            root = next(self._order)
+            if name in PRODUCTS or name in OPERANDS:
+                trails = [self.get(x) for x in inputs]
+                i, place_of_product = follow_product(
+                    name, args, inputs, [own and own.place for own in trails], outputs[0])
+                source, trail = inputs[i], trails[i]
+            else:
+                # The factor of a product that is not broadcast, the features and not the boxes of a pooling, else
+                # what ran last.
+                source, trail = max(found, key=lambda pair: (
+                    pair[0].shape == outputs[0].shape, pair[0].ndim == outputs[0].ndim, bool(pair[1].place),
+                    pair[1].run.order))
+        if name == 'detach':
+            pending, is_trained = _NONE, False
+        for x in outputs:
+            self.remember(x, self._moved(name, args, kwargs, source, trail, x, pending, is_trained, root,
+                                         place_of_product))
+
+    def _moved(self, name, args, kwargs, source, trail, x, pending, is_trained, root, place):
+        """ The trail of what a call has made of a tensor that has one: the same, where nothing has moved. """
+        run, before, matrices, labels, extent, old_root, acts, *_ = trail
+        if place is None:
+            place = follow_units(name, args, kwargs, source, before, x)
+            if matrices:
+                matrices = follow_units(name, args, kwargs, source, matrices, x)
+        else:
+            matrices = ()
+        if name in SLICES and x.ndim and x.numel() < source.numel() and units_in(place) == units_in(before):
+            extent = root = next(self._order)
+        elif x.shape != source.shape:
+            root = next(self._order)
+        if root is not None:
+            old_root, acts = root, ()
+        elif place is before and pending is trail.pending and is_trained is trail.is_trained:
+            return trail
+        return Trail(run, place, matrices, labels, extent, old_root, acts, pending, is_trained)
+
+    # --- layers ------------------------------------------------------------------
+
+    def _run_layer(self, name, args, inputs, owners, weight, outputs, path):
+        layer, is_trained = (path, False) if weight is None else (weight.layer, weight.is_trained)
+        if weight is None and len(inputs) > 1 and (made := self.get(inputs[1])) is not None:
+            # What another layer has made is the weight.
+            layer, is_trained = slice_name(made.run.layer, inputs[1]), made.is_trained
+        trail = self._consume(layer, inputs, is_trained)
+        labels = None
+        if weight is not None and weight.labels is not None:
+            labels = weight.labels.flatten(), weight.count
+        elif name == 'grouped_mm':
+            labels = _labels_of_groups(outputs[0], inputs), len(inputs[1])
         for x in outputs:
             if x.ndim:
-                self.remember(x, Trail(run, Place(axis % x.ndim, x.shape[axis])))
+                place, matrices = layer_places(name, args, owners, x)
+                self.remember(x, trail._replace(place=place, matrices=matrices, labels=labels))
+
+    def start(self, layer, outputs, axis, inputs=(), is_trained=True):
+        """
+        A layer ran as one piece: everything made of its outputs leads back to here.
+
+        Args:
+            layer (str): its path
+            outputs (List[Tensor]):
+            axis (Callable[[Tensor], int]): of the units of an output
+            inputs (Iterable[Tensor]): what it was given
+            is_trained (bool): whether its weights are
+        """
+        trail = self._consume(layer, inputs, is_trained)
+        for x in outputs:
+            if x.ndim:
+                self.remember(x, trail._replace(place=whole(x, [axis(x)])))
+
+    def _consume(self, layer, inputs, is_trained):
+        """ The trail of what a layer makes of some tensors; a trained one confirms what is pending on them. """
+        trails = [trail for trail in map(self.get, inputs) if trail is not None]
+        pending = _NONE
+        for trail in trails:
+            if trail.pending:
+                pending |= trail.pending
+        if is_trained:
+            self.confirmed |= pending
+            pending = _NONE
+        return self._trail(layer, (), pending, is_trained or any(trail.is_trained for trail in trails))
+
+    def _trail(self, layer, place, pending=_NONE, is_trained=True):
+        order = next(self._order)
+        return Trail(Run(layer, order), place, root=order, pending=pending, is_trained=is_trained)
+
+    def activate(self, output, name, sites, parts=()):
+        """
+        Note that a tensor is the output of an activation.
+
+        Args:
+            output (Tensor):
+            name (str): of the function
+            sites (Tuple[Site, ...]): where it was called: one for each expert, usually a single one
+            parts (Collection[Site]): sites that are parts of it
+        """
+        trail = self.get(output)
+        if trail is not None:
+            pending = trail.pending.difference(parts)
+            if trail.is_trained:
+                pending = pending.union(sites)
+            acts = ((name, sites),) if parts else (*trail.acts, (name, sites))
+            self.remember(output, trail._replace(acts=acts, pending=pending))
+
+    def _own_gradients(self, args, kwargs, outputs):
+        of = args[1] if len(args) > 1 else kwargs.get('inputs', args[0])
+        of = [of] if isinstance(of, torch.Tensor) else list(of)
+        for x, gradient in zip(of, outputs, strict=False):
+            known = self._known.get(id(x))
+            owner = self._owners.known.get(id(x)) if known is None else known.owner
+            if owner is not None:
+                self.remember(gradient, None, owner)
+
+    # --- masks -------------------------------------------------------------------
+
+    def compare(self, name, args, output):
+        """
+        Note a comparison of a tensor with zero, or what is cast from one.
+
+        Args:
+            name (str): of the function
+            args (tuple): of the call
+            output (Tensor):
+        """
+        x = args[0] if args else None
+        if name in COMPARISONS:
+            trail = self.get(x)
+            if trail is not None and len(args) > 1 and type(args[1]) in (int, float) and args[1] == 0:
+                self._masks[id(output)] = weakref.ref(output), trail, COMPARISONS[name]
+        elif name in CASTS and id(x) in self._masks and self._masks[id(x)][0]() is x:
+            self._masks[id(output)] = (weakref.ref(output), *self._masks[id(x)][1:])
+
+    def mask_of(self, mask, x):
+        """
+        Args:
+            mask (Any):
+            x (Any):
+
+        Returns:
+            bool | None: True if the mask says where x is above zero, False for
+                below, None if it does neither
+        """
+        own = self._masks.get(id(mask)) if self._masks else None
+        if own is None or own[0]() is not mask:
+            return None
+        trail = self.get(x)
+        if trail is None:
+            return None
+        return own[2] if (trail.root, trail.acts) == (own[1].root, own[1].acts) else None
+
+    # --- what is known -----------------------------------------------------------
+
+    def get(self, tensor):
+        """ The trail (Trail | None) of a tensor. """
+        known = self._known.get(id(tensor))
+        return known.trail if known is not None else None
 
     def of(self, tensors):
         """ The trail (Trail | None) of the layer that ran last on the way to some tensors. """
-        trails = [known.trail for known in map(self._known.get, map(id, tensors)) if known and known.trail]
-        return max(trails, key=lambda trail: trail.run.order, default=None)
+        return max(filter(None, map(self.get, tensors)), key=lambda trail: trail.run.order, default=None)
+
+    def is_trained(self, path, module):
+        """ Whether any weight of a module is. """
+        return self._owners.is_trained(path, module)
 
     def remember(self, tensor, trail, owner=None):
         """
         Args:
             tensor (Tensor):
             trail (Trail | None):
-            owner (str | None): path of the layer, of what is made of weights alone
+            owner (Owner | None): of what is made of weights alone
         """
         key = id(tensor)
         known = self._known.get(key)
@@ -168,7 +365,15 @@ class Trails:
     def clear(self):
         """ Forget all tensors. """
         self._known.clear()
-        self._constants.clear()
+        self._masks.clear()
+        self._owners.clear()
+
+
+def _labels_of_groups(output, inputs):
+    """ Which group each row is of, by where the groups end. """
+    ends = next((x for x in inputs if not x.is_floating_point()), None)
+    rows = torch.arange(len(output), device=output.device)
+    return torch.zeros_like(rows) if ends is None else torch.searchsorted(ends.to(rows.dtype), rows, right=True)
 
 
 def tensors_in(items):
@@ -197,9 +402,3 @@ def tensors_in(items):
         elif isinstance(item, dict):
             found += tensors_in(item.values())
     return found
-
-
-def _layer_path(path):
-    """ The layer whose weight a parametrization makes. """
-    parts = path.split('.')
-    return '.'.join(parts[:parts.index('parametrizations')]) if 'parametrizations' in parts else path

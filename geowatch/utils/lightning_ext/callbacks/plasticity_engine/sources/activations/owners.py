@@ -1,0 +1,203 @@
+"""
+Which tensors are weights, or made of weights alone, and of which layer.
+
+Layers are told apart by their parameters: the two matrices of one module are
+two layers, as are the experts that are slices of one parameter.
+"""
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from .axes import SLICES
+from .layers import LAYERS
+
+# Functions that look rows or matrices up in a table.
+LOOKUPS = {'__getitem__', 'index_select'}
+
+
+class Owner(NamedTuple):
+    """
+    The layer of a weight, or of what is made of weights alone.
+
+    Attributes:
+        layer (str): its path, with the name of the parameter if that is not the only one
+        rank (Tuple[bool, bool, int]): which of several is the weight: a
+            parameter of two dimensions and more, that is trained, of the most dimensions
+        is_data (bool): no parameter is in it, only buffers
+        labels (Tensor | None): which matrices it holds, where some were looked up of several
+        count (int): of how many
+    """
+    layer: str
+    rank: tuple
+    is_data: bool
+    labels: torch.Tensor | None = None
+    count: int = 0
+
+    @property
+    def ndim(self):
+        """ Dimensions of a matrix for each label, or of the parameter. """
+        return self.rank[2] if self.labels is None else self.labels.ndim + 2
+
+    @property
+    def is_trained(self):
+        """ Whether it is trained, and more than a bias or a scale. """
+        return self.rank[0] and self.rank[1]
+
+
+class Owners:
+    """
+    The parameters and buffers of a model.
+
+    Args:
+        named (List[Tuple[str, nn.Module]]): modules by their paths
+        is_trained (Callable[[str, Parameter], bool] | None): whether an
+            optimizer has a parameter that requires a gradient; by default all have one
+
+    Attributes:
+        known (Dict[int, Owner]): by the id of a tensor
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.owners import Owners
+        >>> import torch
+        >>> layers = torch.nn.ParameterList([torch.ones(2, 3), torch.ones(3, 2)])
+        >>> owners = Owners([('net', layers)])
+        >>> [owners.known[id(param)].layer for param in layers]
+        ['net.0', 'net.1']
+    """
+
+    def __init__(self, named, is_trained=None):
+        self.known = {}
+        self._is_trained = is_trained or (lambda name, param: True)
+        self._modules = {}
+        for path, module in named:
+            self._modules.setdefault(path, module)
+            for table in (module._parameters, module._buffers):
+                for name, tensor in table.items():
+                    if tensor is not None and id(tensor) not in self.known:
+                        self.known[id(tensor)] = self._owner(path, module, name, tensor)
+
+    def _owner(self, path, module, name, tensor):
+        is_param = isinstance(tensor, nn.Parameter)
+        is_trained = is_param and tensor.requires_grad and self._is_trained(f'{path}.{name}' if path else name, tensor)
+        return Owner(layer_of(path, module, name), (is_param and tensor.ndim > 1, is_trained, tensor.ndim),
+                     not is_param)
+
+    def of_unknown(self, param, path):
+        """
+        Sharding replaces parameters just before they are used.
+
+        Args:
+            param (Parameter):
+            path (str): of the module that runs
+
+        Returns:
+            Owner:
+        """
+        module = self._modules.get(path)
+        for name, own in module._parameters.items() if module is not None else ():
+            if own is param:
+                return self._owner(path, module, name, param)
+        return Owner(path, (param.ndim > 1, param.requires_grad, param.ndim), False)
+
+    def is_trained(self, path, module):
+        """ Whether any weight (not a bias) of a module is trained. """
+        return any(self._owner(path, module, name, param).is_trained for name, param in module.named_parameters())
+
+    def made(self, name, inputs, owners, weight, outputs):
+        """
+        What a call makes of weights alone: masked, normalized, sliced, moved, or by other weights.
+
+        Args:
+            name (str): of the function
+            inputs (List[Tensor]):
+            owners (List[Owner]): of each
+            weight (Owner): that of the highest rank
+            outputs (List[Tensor]):
+
+        Yields:
+            Tuple[Tensor, Owner]:
+        """
+        layer = weight.layer
+        if name in LAYERS:
+            # As in a hypernetwork, where one layer makes the weights of several.
+            others = [owner.layer for owner in owners
+                      if owner.layer != layer and owner.layer != f'{layer}.bias']
+            layer = f'{layer}({others[0]})' if others else layer
+        for x in outputs:
+            if id(x) not in self.known:
+                own = slice_name(layer, x, inputs[0]) if name in SLICES else layer
+                yield x, Owner(own, weight.rank, all(owner.is_data for owner in owners))
+
+    def clear(self):
+        """ Forget the model. """
+        self.known.clear()
+        self._modules.clear()
+
+
+def layer_of(path: str, module: nn.Module, name: str) -> str:
+    """
+    The layer that a parameter is of.
+
+    Args:
+        path (str): of its module
+        module (nn.Module):
+        name (str): of the parameter in it
+
+    Returns:
+        str: the path of the module, with the name of the parameter where the
+            module has several weights
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.owners import layer_of
+        >>> import torch
+        >>> layer_of('rnn', torch.nn.LSTM(2, 2), 'weight_ih_l0'), layer_of('vars', torch.nn.ParameterList(), '0')
+        ('rnn', 'vars.0')
+    """
+    parts = path.split('.')
+    if 'parametrizations' in parts:
+        return '.'.join(parts[:parts.index('parametrizations')])
+    is_of_torch = type(module).__module__.startswith('torch.nn.') and not isinstance(
+        module, (nn.ParameterList, nn.ParameterDict))
+    weights = [own for own, param in module._parameters.items() if param is not None and param.ndim > 1]
+    if name == 'weight' or is_of_torch or weights == [name]:
+        return path
+    return f'{path}.{name}' if path else name
+
+
+def slice_name(layer: str, x, whole=None) -> str:
+    """
+    The name of a slice of a layer's weight.
+
+    Args:
+        layer (str):
+        x (Tensor): the slice
+        whole (Tensor | None): what it is a slice of; by default all of its storage
+
+    Returns:
+        str: the layer with its number, where slices are of equal size, or with
+            where it begins
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.owners import slice_name
+        >>> import torch
+        >>> experts = torch.ones(4, 3, 2)
+        >>> slice_name('up', experts[2], experts), slice_name('up', experts[1:, 0]), slice_name('up', experts)
+        ('up.2', 'up.1', 'up')
+    """
+    if not x.numel():
+        return layer
+    try:
+        storage = x.untyped_storage()
+        if whole is None:
+            if storage.nbytes() == x.numel() * x.element_size():
+                return layer
+            begin = x.storage_offset()
+        elif whole.untyped_storage()._cdata != storage._cdata or whole.numel() == x.numel():
+            return layer
+        else:
+            begin = x.storage_offset() - whole.storage_offset()
+    except (NotImplementedError, RuntimeError):  # a tensor without storage of its own
+        return layer
+    number, rest = divmod(begin, x.numel())
+    return f'{layer}.{begin if rest else number}'

@@ -1,0 +1,126 @@
+"""
+Activations that are written out, instead of called by their name.
+
+``x * sigmoid(1.7 * x)`` is a SiLU: a gate that is multiplied with what it was
+computed from. ``x.clamp(min=0)``, ``maximum(x, 0)``, ``where(x > 0, x, 0)`` and
+``x * (x > 0)`` are ReLUs. Gates that multiply something else, as those of
+squeeze-and-excitation or of a GLU, are sigmoids.
+"""
+import torch
+
+from .rules import Rules
+
+# What a product with its own argument makes of a gate. All of them are dead at 0.
+SELF_GATED = {
+    ('sigmoid',): 'silu',
+    ('special_expit',): 'silu',
+    ('softplus', 'tanh'): 'mish',
+    ('tanh',): 'gelu',
+    ('erf',): 'gelu',
+    ('relu6',): 'hardswish',
+    ('hardtanh',): 'hardswish',
+    ('hardsigmoid',): 'hardswish',
+}
+# Functions that are no activation but in a product.
+GATES = {'erf'}
+# Comparisons, and whether they hold above.
+COMPARISONS = {'gt': True, 'ge': True, '__gt__': True, '__ge__': True, 'greater': True, 'greater_equal': True,
+               'lt': False, 'le': False, '__lt__': False, '__le__': False, 'less': False, 'less_equal': False}
+CASTS = {'float', 'half', 'bfloat16', 'double', 'to', 'type', 'type_as'}
+
+# Rules: rule(args, kwargs, trails) returns the name of the activation that the
+# call is, the values at which it is dead and the sites of gates that are only
+# parts of it; or None.
+WRITTEN = Rules()
+
+
+def as_written(name: str, args: tuple, kwargs: dict, trails):
+    """
+    The activation that a call of another function is.
+
+    Args:
+        name (str): of the function, a key of WRITTEN
+        args (tuple): of the call
+        kwargs (dict): of the call
+        trails (Trails): that know the tensors
+
+    Returns:
+        Tuple[str, Tuple[float, ...], Tuple[Site, ...]] | None: its name, the
+            values at which it is dead, and the sites that are parts of it
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.trails import Trails
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.written import as_written
+        >>> import torch
+        >>> x = torch.ones(2)
+        >>> as_written('clamp', (x,), {'min': 0}, Trails([])), as_written('clamp', (x, -1, 1), {}, Trails([]))
+        (('relu', (0.0,), ()), None)
+    """
+    try:
+        return WRITTEN[name](args, kwargs, trails)
+    except (IndexError, KeyError, TypeError, ValueError):  # called in another way than we know
+        return None
+
+
+@WRITTEN.of('clamp', 'clip')
+def _clamps(args, kwargs, trails):
+    low, high = (args[i] if len(args) > i else kwargs.get(name) for i, name in ((1, 'min'), (2, 'max')))
+    if not _is_zero(low):
+        return None
+    if high is None:
+        return 'relu', (0.,), ()
+    return ('relu6', (0., 6.), ()) if high == 6 else None
+
+
+@WRITTEN.of('clamp_min')
+def _clamps_below(args, kwargs, trails):
+    low = args[1] if len(args) > 1 else kwargs['min']
+    return ('relu', (0.,), ()) if _is_zero(low) else None
+
+
+@WRITTEN.of('maximum', 'max')
+def _larger_of_two(args, kwargs, trails):
+    first, second = (*args, *kwargs.values())
+    if isinstance(second, torch.Tensor):  # and not a dimension
+        for x, other in ((first, second), (second, first)):
+            if trails.get(x) is not None and trails.get(other) is None and _is_zero(other):
+                return 'relu', (0.,), ()
+    return None
+
+
+@WRITTEN.of('where')
+def _chooses(args, kwargs, trails):
+    mask, x, other = args
+    above = trails.mask_of(mask, x) is True and _is_zero(other)
+    return ('relu', (0.,), ()) if above or trails.mask_of(mask, other) is False and _is_zero(x) else None
+
+
+@WRITTEN.of('masked_fill')
+def _fills(args, kwargs, trails):
+    x, mask, value = (*args, *kwargs.values())
+    return ('relu', (0.,), ()) if trails.mask_of(mask, x) is False and _is_zero(value) else None
+
+
+@WRITTEN.of('mul', '__mul__', '__rmul__', 'multiply')
+def _multiplies(args, kwargs, trails):
+    first, second = args
+    if not isinstance(first, torch.Tensor) or not isinstance(second, torch.Tensor):
+        return None
+    if trails.mask_of(second, first) or trails.mask_of(first, second):
+        return 'relu', (0.,), ()
+    x, gate = trails.get(first), trails.get(second)
+    if x is None or gate is None or x.root != gate.root or x.acts == gate.acts:
+        return None
+    if len(x.acts) > len(gate.acts):
+        x, gate = gate, x
+    if gate.acts[:len(x.acts)] != x.acts:
+        return None
+    own = gate.acts[len(x.acts):]
+    name = SELF_GATED.get(tuple(function for function, _ in own))
+    return name and (name, (0.,), tuple(site for _, sites in own for site in sites))
+
+
+def _is_zero(x):
+    if isinstance(x, torch.Tensor):
+        return not x.is_meta and not x.requires_grad and not bool(x.detach().count_nonzero())
+    return type(x) in (int, float) and x == 0
