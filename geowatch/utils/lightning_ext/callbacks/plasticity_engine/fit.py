@@ -37,7 +37,7 @@ from .sharding import is_sharded
 from .sinks import FILE_NAME, Sinks
 from .sources import STEP_SOURCES
 from .sources.activations.looks import Looks, layer_paths
-from .sources.weights import weights_of
+from .sources.weights import Trained, parameters_of, wanted, weights_of
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,7 @@ class Fit:
         self._is_new = False     # whether the network is untrained
         self._sources = {}       # name to StepSource, of the step that goes on
         self._wanted = {}        # path of a layer to whether it is measured
+        self._trained = Trained(trainer)
         self._wake = 0           # the next step at which anything can be due
         self._is_awake = False
 
@@ -117,16 +118,18 @@ class Fit:
             warnings.warn(f'PlasticityMonitor: no log folder, so {FILE_NAME} is not written', stacklevel=2)
         elif not trainer.loggers:
             warnings.warn(f'PlasticityMonitor: no logger, so values go to {self.sinks.file.fpath} only', stacklevel=2)
-        print(describe(module, self.metrics, self.agenda.schedules, self._wants,
+        print(describe(module, self._trained.look(module), self.metrics, self.agenda.schedules, self._wants,
                        f'{self.source}, {settings.samples} examples', reason if asks else None))
 
     def _check_patterns(self, module):
-        names = dict.fromkeys([*weights_of(module), *layer_paths(module)])
+        weights = weights_of(module, self._trained.look(module))
+        names = dict.fromkeys([*weights, *(getattr(weight, 'of', '') for weight in weights.values()),
+                               *layer_paths(module)])
         for pattern in self.settings.patterns:
             if not any(pattern.match(name) for name in names):
                 raise PlasticityConfigError(
                     f'Expected `layers` to match layers of the model, but {pattern.pattern!r} matches none of: '
-                    f'{", ".join(weights_of(module))}')
+                    f'{", ".join(weights)}')
 
     def start_training(self, module):
         """ Measure the weights before the first step. """
@@ -185,7 +188,8 @@ class Fit:
         """ Let sources see the gradients, and the weights before an optimizer steps. """
         if self._is_awake and any(name != 'weights' for name in self._sources):
             own = {id(param) for group in optimizer.param_groups for param in group['params']}
-            weights = {layer: weight for layer, weight in self._walk(module).items() if id(weight) in own}
+            weights = {layer: weight for layer, weight in self._walk(module).items()
+                       if any(id(param) in own for param in parameters_of(weight))}
             for source in self._sources.values():
                 source.before_step(weights, scale_of(self.trainer, optimizer))
 
@@ -349,7 +353,7 @@ class Fit:
 
     def _walk(self, module):
         """ The weights that are measured, anew at each moment: FSDP2 puts others in their place in between. """
-        return {layer: weight for layer, weight in weights_of(module).items() if self._wants(layer)}
+        return wanted(weights_of(module, self._trained.look(module)), self._wants)
 
     def _wants(self, layer):
         if layer not in self._wanted:

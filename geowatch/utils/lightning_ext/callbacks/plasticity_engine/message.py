@@ -4,17 +4,18 @@ The message at fit start: what is watched, and what is not and why.
 from collections import Counter
 
 from .sources.activations.modules import fused_modules
-from .sources.weights import weights_of, why_not_a_weight
+from .sources.weights import SMALL, walk, wanted
 
 _SHOWN = 6  # reasons; a large model may have hundreds
 
 
-def describe(model, metrics, schedules, wants, looks, reason):
+def describe(model, is_trained, metrics, schedules, wants, looks, reason):
     """
     One message on what is measured.
 
     Args:
         model (torch.nn.Module):
+        is_trained (Callable | None): see :func:`.sources.weights.weights_of`
         metrics (Dict[str, Metric]): those that are measured
         schedules (Dict[str, Schedule]): of each metric
         wants (Callable[[str], bool]): of the name of a layer
@@ -32,22 +33,23 @@ def describe(model, metrics, schedules, wants, looks, reason):
         >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1))
         >>> _ = model[1].requires_grad_(False)
         >>> metrics, schedules = {'erank': METRICS['erank']}, {'erank': Schedule('epoch')}
-        >>> describe(model, metrics, schedules, lambda layer: True, '', None)
+        >>> describe(model, None, metrics, schedules, lambda layer: True, '', None)
         'PlasticityMonitor: erank (every epoch); 1 weight. Not watched: 1 weight: frozen'
     """
-    weights = weights_of(model)
-    wanted = sum(map(wants, weights))
+    found = list(walk(model, is_trained))
+    weights = {layer: weight for layer, weight, why in found if why is None}
+    asked = len(wanted(weights, wants))
     sees = any(metric.sees_activations for metric in metrics.values())
     watched = ', '.join(f'{name} ({_every(schedule)})' for name, schedule in schedules.items())
-    parts = [watched or 'nothing', _count(wanted), *([f'activations in {looks}'] if sees else [])]
-    whys = Counter(why_not_a_weight(param) for param in model.parameters())
-    without = [f'{_count(count)}: {why}' for why, count in whys.items() if why not in (None, 'biases and scales')]
+    parts = [watched or 'nothing', _count(asked), *([f'activations in {looks}'] if sees else [])]
+    whys = Counter(why for _, _, why in found if why not in (None, SMALL))
+    without = [f'{_count(count)}: {why}' for why, count in whys.items()]
     if sees:
         without += [f'activations inside {path}: {why}' for path, why in fused_modules(model).items()]
     if reason:
         without.append(reason)
-    if wanted < len(weights):
-        without.append(f'{_count(len(weights) - wanted)}: outside of `layers`')
+    if asked < len(weights):
+        without.append(f'{_count(len(weights) - asked)}: outside of `layers`')
     if len(without) > _SHOWN:
         without[_SHOWN:] = [f'and {len(without) - _SHOWN} more']
     return f'PlasticityMonitor: {"; ".join(parts)}' + (f'. Not watched: {"; ".join(without)}' if without else '')

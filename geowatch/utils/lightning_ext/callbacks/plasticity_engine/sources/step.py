@@ -60,6 +60,10 @@ class StepSource:
         return found
 
     def _add_tensors(self, tensors, scale=1.):
+        with self._guard(self.name, self.fields):
+            self._add({layer: tensor.detach() for layer, tensor in tensors.items()}, scale)
+
+    def _add(self, tensors, scale):
         for function, fields in functions_of(self.fields).items():
             with self._guard(self.name, fields):
                 for field, own in function(tensors, fields).items():

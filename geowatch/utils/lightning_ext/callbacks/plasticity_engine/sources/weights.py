@@ -1,12 +1,23 @@
 """
-The weights of a network.
+The weights of a network: which parameters they are, and which matrices those make.
 """
+import re
+from collections.abc import Callable, Iterator
+
 import torch
+from torch import nn
 from torch.nn.parameter import is_lazy
 
+from ..sharding import Slice, is_sharded
+from .reparametrized import made_by
 from .step import StepSource
 
 _WRAPPERS = {'_orig_mod', '_fsdp_wrapped_module', '_checkpoint_wrapped_module', '_forward_module'}
+_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
+# What linear, convolution, embedding and recurrent layers have, also those of other libraries.
+_SIZES = ('in_features', 'in_channels', 'num_embeddings', 'input_size')
+# What is no weight by its kind, of which nobody has to be told.
+SMALL = 'biases and scales'
 
 
 def clean_name(name: str) -> str:
@@ -23,43 +34,203 @@ def clean_name(name: str) -> str:
         >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.weights import clean_name
         >>> clean_name('_forward_module.net._orig_mod.0._fsdp_wrapped_module.weight')
         'net.0.weight'
-        >>> clean_name('fc.parametrizations.weight.original')
-        'fc.weight'
     """
-    name = name.replace('.parametrizations.weight.original', '.weight') if name.endswith('.original') else name
     return '.'.join(part for part in name.split('.') if part not in _WRAPPERS)
 
 
-def weights_of(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+class Weight:
     """
-    The weights: trainable, floating point, two or more dimensions.
+    A matrix of the network that is no parameter as it is: one of several that
+    a parameter holds, or what the network makes of parameters.
 
-    Biases and norm scales have one dimension and are left out; a tied weight
-    is there once.
+    It stands wherever a parameter does: it has a gradient, takes a hook, and
+    has a part on this process.
 
     Args:
-        model (torch.nn.Module):
+        parts (List[Parameter]): of which it is made
+        make (Callable[[], Tensor] | None): what makes it of them
+        index (int | None): its place in the first dimension
+        of (str): name of the whole
+
+    Attributes:
+        parameter (Parameter | None): whose gradient is its own: the one that
+            is no scale; None where several are
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.weights import Weight
+        >>> import torch
+        >>> experts = torch.nn.Parameter(torch.ones(4, 2, 3))
+        >>> experts.square().sum().backward()
+        >>> weight = Weight([experts], index=1)
+        >>> weight.detach().shape, weight.grad.detach().sum().item()
+        (torch.Size([2, 3]), 12.0)
+    """
+
+    def __init__(self, parts, make=None, index=None, of=''):
+        self.parts = parts
+        self.of = of
+        self._make = make
+        self._index = index
+        large = [part for part in parts if part.requires_grad and _long(part) > 1] or parts
+        self.parameter = large[0] if len(large) == 1 else None
+
+    @property
+    def whole(self):
+        """ The Parameter whose layout over processes it has. """
+        return self.parts[0]
+
+    def detach(self):
+        """ The Tensor, or the Slice of one, as the network uses it. """
+        with torch.no_grad():
+            return self._part(self.whole if self._make is None else self._make())
+
+    @property
+    def grad(self):
+        """ The gradient of its parameter (Tensor | Slice | None). """
+        grad = None if self.parameter is None else self.parameter.grad
+        return None if grad is None else self._part(grad)
+
+    def register_hook(self, hook):
+        """ Have a function called with each piece of the gradient, see :meth:`torch.Tensor.register_hook`. """
+        if self.parameter is None:
+            return torch.utils.hooks.RemovableHandle({})
+        return self.parameter.register_hook(lambda grad: hook(self._part(grad)))
+
+    def numel(self):
+        """ How many numbers (int). """
+        return self.detach().numel()
+
+    def _part(self, tensor):
+        return tensor.detach() if self._index is None else Slice(tensor, self._index).detach()
+
+
+def wanted(weights: dict[str, nn.Parameter | Weight], wants: Callable) -> dict[str, nn.Parameter | Weight]:
+    """
+    Those of some weights that are asked for, by their own name or by that of the whole.
+
+    Args:
+        weights (Dict[str, Parameter | Weight]): as :func:`weights_of` gives them
+        wants (Callable[[str], bool]): of the name of a layer
 
     Returns:
-        Dict[str, torch.nn.Parameter]: name of the layer to its weight
+        Dict[str, Parameter | Weight]:
+    """
+    return {layer: weight for layer, weight in weights.items() if wants(layer) or wants(getattr(weight, 'of', layer))}
+
+
+def parameters_of(weight: nn.Parameter | Weight) -> list[nn.Parameter]:
+    """ The parameters that one of :func:`weights_of` is made of. """
+    return weight.parts if isinstance(weight, Weight) else [weight]
+
+
+def weights_of(model: nn.Module, is_trained: Callable | None = None) -> dict[str, nn.Parameter | Weight]:
+    """
+    The weights, as the network uses them.
+
+    Args:
+        model (nn.Module):
+        is_trained (Callable[[str, Parameter], bool] | None): whether an
+            optimizer has it; by default all have one
+
+    Returns:
+        Dict[str, Parameter | Weight]: by the names of their layers; a Weight
+            where a parameter is not one matrix as it is. A tied one is there once.
 
     Example:
         >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.weights import weights_of
         >>> import torch
-        >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
-        >>> {name: tuple(weight.shape) for name, weight in weights_of(net).items()}
-        {'0': (4, 3, 3, 3)}
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.LayerNorm([4, 6, 6]), torch.nn.Linear(6, 1))
+        >>> _ = torch.nn.utils.parametrizations.spectral_norm(net[2])
+        >>> net.cls_token, net.experts = (torch.nn.Parameter(torch.ones(*shape)) for shape in [(1, 6), (2, 5, 6)])
+        >>> {name: tuple(weight.detach().shape) for name, weight in weights_of(net).items()}
+        {'experts.0': (5, 6), 'experts.1': (5, 6), '0': (4, 3, 3, 3), '2': (1, 6)}
     """
-    return {clean_name(name).removesuffix('.weight'): param
-            for name, param in model.named_parameters() if why_not_a_weight(param) is None}
+    return {name: weight for name, weight, why in walk(model, is_trained) if why is None}
 
 
-def why_not_a_weight(param: torch.nn.Parameter) -> str | None:
+def walk(model: nn.Module, is_trained: Callable | None = None) -> Iterator[tuple[str, nn.Parameter | Weight, str]]:
+    """
+    All parameters of a model.
+
+    Args:
+        model (nn.Module):
+        is_trained (Callable[[str, Parameter], bool] | None): as in :func:`weights_of`
+
+    Yields:
+        Tuple[str, Parameter | Weight, str | None]: name of the layer, weight,
+            and why it is not measured, None if it is
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.weights import walk
+        >>> import torch
+        >>> net = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 4).requires_grad_(False))
+        >>> [(name, why) for name, _, why in walk(net)]
+        [('0', None), ('0.bias', 'biases and scales'), ('1', 'frozen'), ('1.bias', 'biases and scales')]
+    """
+    seen = set()
+    for path, module in model.named_modules():
+        prefix = f'{path}.' if path else ''
+        for name, parts, make in made_by(module):
+            if seen.isdisjoint(map(id, parts)):
+                yield from _weights(prefix + name, parts, make, module, is_trained)
+            seen.update(map(id, parts))
+        for name, param in module._parameters.items():
+            if param is not None and id(param) not in seen:
+                seen.add(id(param))
+                yield from _weights(prefix + name, [param], None, module, is_trained)
+
+
+def _weights(name, parts, make, owner, is_trained):
+    """ The matrices of one parameter, or of one tensor that is made of some. """
+    name = clean_name(name)
+    layer = name.removesuffix('.weight')
+    largest = parts[0] if len(parts) == 1 else max(parts, key=lambda part: 0 if is_lazy(part) else part.numel())
+    why = why_not_a_weight(largest, name, owner)
+    if why == 'frozen' and any(part.requires_grad for part in parts):
+        why = None
+    if why is None and is_trained is not None and not any([
+            is_trained(name, part) for part in parts if part.requires_grad]):
+        why = 'in no optimizer'
+    if why is None and make is not None and any(map(is_sharded, parts)):
+        why = 'reparametrized and sharded'
+    if why is None and _has_slices(largest, name, owner):
+        count = len(largest)
+        for index in range(count):
+            yield f'{layer}.{index}' if count > 1 else layer, Weight(parts, make, index, layer), None
+    else:
+        yield layer, largest if make is None else Weight(parts, make, of=layer), why
+
+
+def _long(param):
+    return sum(size > 1 for size in param.shape)
+
+
+def _last(name):
+    """ What a parameter is called; in a list by the name of that. """
+    return next((part for part in reversed(name.split('.')) if not part.isdigit()), '')
+
+
+def _is_layers_weight(name, owner):
+    """ Of a linear, convolution or embedding layer, of torch or of another library. """
+    return 'weight' in _last(name) and ('linear' in type(owner).__name__.lower()
+                                        or any(hasattr(owner, size) for size in _SIZES))
+
+
+def _has_slices(param, name, owner):
+    """ Whether each entry of the first dimension is a matrix: experts (n, out, in), and a table (1, n, out). """
+    if param.ndim < 3 or 'weight' in _last(name) and (hasattr(owner, 'kernel_size') or isinstance(owner, nn.Bilinear)):
+        return False
+    return len(param) == 1 or param.ndim == _long(param) == 3
+
+
+def why_not_a_weight(param: nn.Parameter, name: str = '', owner: nn.Module | None = None) -> str | None:
     """
     Why a parameter is not measured.
 
     Args:
-        param (torch.nn.Parameter):
+        param (nn.Parameter):
+        name (str): path of its module, and what that calls it
+        owner (nn.Module | None): its module
 
     Returns:
         str | None: None if it is measured
@@ -67,7 +238,7 @@ def why_not_a_weight(param: torch.nn.Parameter) -> str | None:
     Example:
         >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.weights import why_not_a_weight
         >>> import torch
-        >>> why_not_a_weight(torch.nn.Parameter(torch.ones(3)))
+        >>> why_not_a_weight(torch.nn.Parameter(torch.ones(3, 1, 1)), 'gamma')
         'biases and scales'
         >>> why_not_a_weight(torch.nn.Parameter(torch.ones(3, 3), requires_grad=False))
         'frozen'
@@ -78,8 +249,9 @@ def why_not_a_weight(param: torch.nn.Parameter) -> str | None:
         return 'sharded by DeepSpeed, which keeps no tensor of them'
     if getattr(param, '_fsdp_flattened', False) or type(param).__name__ == 'FlatParameter':
         return 'flattened by FSDP1; FSDP2 keeps their shape'
-    if param.ndim < 2:
-        return 'biases and scales'
+    if (param.ndim < 2 or _long(param) < 2 and not _is_layers_weight(name, owner) or _is_bias(name)
+            or _is_norm(owner)):
+        return SMALL
     if not param.is_floating_point():
         return 'not floating point'
     if not param.requires_grad:
@@ -89,6 +261,67 @@ def why_not_a_weight(param: torch.nn.Parameter) -> str | None:
     if param.layout is not torch.strided or not param.numel():
         return 'sparse or empty'
     return None
+
+
+def _is_bias(name):
+    """ By what it is called: bias, w_bias, relative_bias_table, b, b1, b_in. """
+    words = re.findall('[A-Za-z]+', _last(name))
+    return bool(words) and (words[0] == 'b' or not {'bias', 'biases'}.isdisjoint(words))
+
+
+def _is_norm(owner):
+    return isinstance(owner, _NORMS) or re.search(r'norm(\dd)?$', type(owner).__name__.lower()) is not None
+
+
+class Trained:
+    """
+    Which parameters the optimizers of a run have.
+
+    Where they have none of the model's, as where a strategy gives them flat
+    copies or the model makes its own, all count.
+
+    Args:
+        trainer (Trainer): of either package
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.weights import Trained, weights_of
+        >>> import torch
+        >>> import types
+        >>> net = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 2))
+        >>> trained = Trained(types.SimpleNamespace(optimizers=[torch.optim.SGD(net[1].parameters())]))
+        >>> list(weights_of(net, trained.look(net)))
+        ['1']
+    """
+
+    def __init__(self, trainer):
+        self._trainer = trainer
+        self._ids = None
+        self._sharded = set()  # names
+
+    def look(self, model: nn.Module) -> Callable | None:
+        """
+        Read the optimizers, which may have got other parameters.
+
+        Args:
+            model (nn.Module):
+
+        Returns:
+            Callable[[str, Parameter], bool] | None: for :func:`weights_of`
+        """
+        ids = {id(param) for optimizer in self._trainer.optimizers
+               for group in getattr(optimizer, 'param_groups', ()) for param in group['params']}
+        if ids != self._ids:
+            self._ids, self._sharded = ids, set()
+            self._knows = any(id(param) in ids for param in model.parameters())
+        return self._has if self._knows else None
+
+    def _has(self, name, param):
+        if id(param) in self._ids:
+            if is_sharded(param):
+                self._sharded.add(name)
+            return True
+        # FSDP2 puts whole ones in their place from a forward pass on until the next backward pass.
+        return name in self._sharded
 
 
 class Weights(StepSource):
