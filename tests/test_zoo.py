@@ -22,8 +22,10 @@ def test_calls_and_units(network):
         assert {name for name, _ in outcome.kernels} == {'fast path'}
         assert len(outcome.seen.calls) == len(outcome.kernels)
     else:
-        assert outcome.seen.kernels() == outcome.kernels  # names and shapes, in order
+        assert outcome.seen.kernels(network.written) == outcome.kernels  # names and shapes, in order
     assert sorted(outcome.seen.units()) == sorted(outcome.units)
+    # All are hidden layers, but for the activations of outputs.
+    assert sorted(site.layer for site in outcome.seen.sites if site not in outcome.hidden) == sorted(network.outputs)
     # The axis of each call is the one of that size: hardly ever do two have it.
     ambiguous = sum(shape.count(shape[axis]) > 1 for _, shape, axis in outcome.seen.calls)
     assert ambiguous <= 6

@@ -24,8 +24,8 @@ KERNELS = {
     # The fast path of one nn.TransformerEncoderLayer, activation included.
     '_transformer_encoder_layer_fwd': 'fast path',
 }
-# What we report as one module is one such kernel and a few products.
-WRITTEN_OUT = {'NewGELUActivation': 'tanh'}
+# The kernel of an activation that is written out, as products of a gate.
+WRITTEN_OUT = {'gelu': 'tanh', 'silu': 'sigmoid'}
 
 
 class Kernels(TorchDispatchMode):
@@ -64,8 +64,16 @@ class Seen:
     def sites(self):
         return list(dict.fromkeys(site for site, _, _ in self.calls))
 
-    def kernels(self):
-        return [(WRITTEN_OUT.get(site.function, site.function), shape) for site, shape, _ in self.calls]
+    def kernels(self, written=()):
+        """ The calls by the names of their kernels; `written`: functions that are written out. """
+        return [(WRITTEN_OUT[site.function] if site.function in written else site.function, shape)
+                for site, shape, _ in self.calls]
+
+    def without(self, sites):
+        """ The same, without what turned out to be a part of another activation. """
+        self.calls = [call for call in self.calls if call[0] not in sites]
+        self.states = {site: state for site, state in self.states.items() if site not in sites}
+        return self
 
     def units(self):
         return [site.units for site in self.sites]
@@ -86,6 +94,8 @@ class Network:
         run (Callable[[nn.Module, tuple], Any]): how the model is called
         train (bool): run in train mode and with gradients
         needs (str): package without which it cannot be made
+        written (Tuple[str, ...]): activations that it writes out
+        outputs (Tuple[str, ...]): layers whose activation is an output, and no hidden layer
     """
     name: str
     make: Callable
@@ -94,6 +104,8 @@ class Network:
     run: Callable = lambda model, inputs: model(*inputs)
     train: bool = False
     needs: str = 'torch'
+    written: tuple = ()
+    outputs: tuple = ()
 
 
 def images(size, n=2):
@@ -280,23 +292,28 @@ NETWORKS = [
     torchvision('vit_b_16', 64, lambda m: linears(m, 'mlp.0'), image_size=64),
     Network('TransformerEncoder, train', encoder, features, lambda m: [31] * 3, train=True),
     Network('TransformerEncoder, eval', encoder, features, lambda m: [31] * 3),
-    Network('BERT', bert, tokens, lambda m: linears(m, 'intermediate.dense', 'pooler.dense'), needs='transformers'),
-    Network('GPT-2', gpt2, tokens, lambda m: [block.mlp.c_fc.nf for block in m.transformer.h], needs='transformers'),
+    Network('BERT', bert, tokens, lambda m: linears(m, 'intermediate.dense', 'pooler.dense'), needs='transformers',
+            outputs=('pooler.dense',)),
+    Network('GPT-2', gpt2, tokens, lambda m: [block.mlp.c_fc.nf for block in m.transformer.h], needs='transformers',
+            written=('gelu',)),
     Network('U-Net', UNet, images(32), UNet.units),
     Network('MLP-Mixer', Mixer, images(32, 5), lambda m: linears(m, 'mix_tokens.0', 'mix_channels.0')),
     Network('HeterogeneousModel', geowatch_model('HeterogeneousModel', backbone='small', decoder='trans_conv',
                                                  token_dim=16),
-            geowatch_batch((33, 32), (38, 28)), heterogeneous_units, needs='geowatch.tasks'),
+            geowatch_batch((33, 32), (38, 28)), heterogeneous_units, needs='geowatch.tasks',
+            outputs=('heads.change.1',)),
     Network('MultimodalTransformer', geowatch_model('MultimodalTransformer', arch_name='smt_it_joint_p2',
                                                     tokenizer='linconv'),
             geowatch_batch((33, 32), (33, 32)), multimodal_units,
-            run=lambda model, inputs: model.forward_step(*inputs, with_loss=False), needs='geowatch.tasks'),
+            run=lambda model, inputs: model.forward_step(*inputs, with_loss=False), needs='geowatch.tasks',
+            outputs=('heads.class.hidden.output', 'heads.saliency.hidden.output')),
     Network('MultimodalTransformer, dwcnn', geowatch_model('MultimodalTransformer', arch_name='smt_it_joint_p2',
                                                            tokenizer='dwcnn', token_norm='group'),
             geowatch_batch((33, 32), (33, 32)), multimodal_units,
-            run=lambda model, inputs: model.forward_step(*inputs, with_loss=False), needs='geowatch.tasks'),
+            run=lambda model, inputs: model.forward_step(*inputs, with_loss=False), needs='geowatch.tasks',
+            written=('silu',), outputs=('heads.class.hidden.output', 'heads.saliency.hidden.output')),
     Network('UNetBaseline', geowatch_model('UNetBaseline', token_dim=8), geowatch_batch((49, 48), frames=2),
-            unet_baseline_units, needs='geowatch.tasks'),
+            unet_baseline_units, needs='geowatch.tasks', outputs=('heads.change.outc.conv',)),
 ]
 BY_NAME = {network.name: network for network in NETWORKS}
 
@@ -308,6 +325,8 @@ class Outcome:
     seen: Seen
     units: list
     unseen: dict
+    hidden: set
+    written: tuple = ()
 
     def right(self):
         """ Whether calls and units are those that they should be. """
@@ -317,7 +336,7 @@ class Outcome:
         if all(name == 'fast path' for name, _ in self.kernels):
             # The layers ran in one kernel each, and were looked at apart.
             return len(self.kernels) == len(self.seen.calls)
-        return self.kernels == self.seen.kernels()
+        return self.kernels == self.seen.kernels(self.written)
 
 
 def look(network, capture):
@@ -340,4 +359,5 @@ def look(network, capture):
         seen = Seen()
         with capture(model, seen) as window:
             network.run(model, inputs)
-    return Outcome(kernels.calls, seen, network.units(model), window.unseen)
+    return Outcome(kernels.calls, seen.without(window.parts), network.units(model), window.unseen, window.hidden,
+                   network.written)

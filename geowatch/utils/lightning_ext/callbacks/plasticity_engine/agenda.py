@@ -70,6 +70,12 @@ class Agenda:
         for name in names:
             self.schedules[name].done(moment)
 
+    def look_at_training(self, names):
+        """ Metrics that were seen in validation are due in training, as early as they can be. """
+        for name in names:
+            schedule = self.schedules[name]
+            self.schedules[name] = Schedule(schedule.interval, early=True)
+
     def drop(self, name):
         """ Forget a metric. """
         self.schedules.pop(name, None)

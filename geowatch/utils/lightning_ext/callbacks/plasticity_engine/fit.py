@@ -80,13 +80,15 @@ class Fit:
         self.sinks = Sinks(trainer, trainer.log_dir, list(self.metrics), settings.per_layer, settings.prog_bar, beside)
         self.budget = None if settings.budget is None else Budget(settings.budget)
         self.faults = Faults(self.processes.rank, self.budget)
-        self.looks = Looks(settings.samples, self.processes.count, self._wants, self.faults, self._needing)
+        self.looks = Looks(settings.samples, self.processes.count, self._wants, self.faults, self._needing,
+                           self._names)
         self.agenda = self.publisher = None  # until the checkpoint is read
         self._restored = {}      # the state of a checkpoint, if the run goes on from one
         self._is_new = False     # whether the network is untrained
         self._sources = {}       # name to StepSource, of the step that goes on
         self._wanted = {}        # path of a layer to whether it is measured
         self._trained = Trained(trainer)
+        self._sees_validation = False  # whether any hidden layer ran in one
         self._wake = 0           # the next step at which anything can be due
         self._is_awake = False
 
@@ -163,7 +165,7 @@ class Fit:
             source.begin_batch(self._walk(module), begins_step(trainer, batch_idx))
         if self.source == 'train':
             self._open_windows(self.agenda.due(step, self._of_activations()), moment)
-            self.looks.look(module, batch, batches_left(trainer, batch_idx))
+            self._look(module, batch, batches_left(trainer, batch_idx))
 
     def _begin_first_step(self, step):
         self.first_step = step
@@ -246,7 +248,7 @@ class Fit:
     def begin_validation_batch(self, module, batch, batch_idx, dataloader_idx):
         """ Look at the batch if a window wants more. """
         if self.source == 'validation' and self.looks.windows:
-            self.looks.look(module, batch, batches_left(self.trainer, batch_idx, dataloader_idx))
+            self._look(module, batch, batches_left(self.trainer, batch_idx, dataloader_idx))
 
     def end_validation_batch(self):
         """ Stop looking. """
@@ -256,7 +258,21 @@ class Fit:
         """ Measure what was seen, before EarlyStopping reads it. """
         if self.source == 'validation' and self.looks.windows:
             moment = Moment(step_of(self.trainer), self.trainer.current_epoch, True)
-            self.publisher.publish([self._window_reading(window, moment, final=True) for window in self.looks.windows])
+            readings = [self._window_reading(window, moment, final=True) for window in self.looks.windows]
+            self.publisher.publish(readings)
+            if self.settings.source == 'auto':
+                self._look_elsewhere(readings)
+
+    def _look_elsewhere(self, readings):
+        """ Where a validation runs no hidden layer, on any process, look at training. """
+        self._sees_validation = self._sees_validation or self.faults.failed or any(
+            reading.parts for reading in readings)
+        if not self._sees_validation and any(reading.examples for reading in readings):
+            self.source = 'train'
+            self._wake = 0
+            self.agenda.look_at_training(self._of_activations())
+            if self.trainer.is_global_zero:
+                print('PlasticityMonitor: validation ran no hidden layer, so activations are seen in training')
 
     # --- the end --------------------------------------------------------------------------
 
@@ -280,7 +296,8 @@ class Fit:
             return None
         missed = [name for name in self.metrics if name not in self.publisher.measured]
         if missed:
-            print(f'PlasticityMonitor: asked for and never measured: {", ".join(missed)}')
+            why = self.looks.why_nothing() if set(missed) & set(self._of_activations()) else None
+            print(f'PlasticityMonitor: asked for and never measured: {", ".join(missed)}' + (why and f' ({why})' or ''))
         fpath = self.sinks.file and self.sinks.file.fpath
         return fpath.parent if self.publisher.measured and fpath is not None and fpath.exists() else None
 
@@ -360,6 +377,13 @@ class Fit:
             patterns = self.settings.patterns
             self._wanted[layer] = not patterns or any(pattern.match(layer) for pattern in patterns)
         return self._wanted[layer]
+
+    def _names(self, path):
+        """ Whether the user names a module, and not only a pattern that it matches. """
+        return bool(path) and any(pattern.pattern == path for pattern in self.settings.patterns)
+
+    def _look(self, module, batch, left):
+        self.looks.look(module, batch, left, self._trained.look(module))
 
     def _step_reading(self, module, names, moment):
         """ What the sources have found at a step, after which they begin anew. """

@@ -107,7 +107,7 @@ def units_last(tensor: torch.Tensor, place: Place) -> tuple[torch.Tensor, int]:
 
     Returns:
         Tuple[Tensor, int]: itself and their axis where they are on one
-            already, else its numbers in another order and the last axis
+            already, else a matrix of samples and units, and 1
 
     Example:
         >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.axes import (
@@ -117,13 +117,13 @@ def units_last(tensor: torch.Tensor, place: Place) -> tuple[torch.Tensor, int]:
         >>> heads, features = Part(axis=0, size=3), Part(axis=2, size=4)
         >>> rows, axis = units_last(torch.empty(2 * 3, 5, 4), (heads, features))
         >>> tuple(rows.shape), axis
-        ((2, 5, 12), 2)
+        ((10, 12), 1)
     """
     if len(place) == 1 and place[0].size == tensor.shape[place[0].axis]:
         return tensor, place[0].axis
     tensor, axes = parts_apart(tensor, place)
     others = [axis for axis in range(tensor.ndim) if axis not in axes]
-    return tensor.permute(*others, *axes).flatten(len(others)), len(others)
+    return tensor.permute(*others, *axes).flatten(len(others)).flatten(0, len(others) - 1), 1
 
 
 def each_apart(tensor: torch.Tensor, place: Place, matrices: Place, labels=None) -> list[torch.Tensor]:
@@ -138,7 +138,7 @@ def each_apart(tensor: torch.Tensor, place: Place, matrices: Place, labels=None)
             of so many it is; by default they are all different
 
     Returns:
-        List[Tensor]: for each matrix, with the units on the last axis
+        List[Tensor]: for each matrix, of shape (samples, units)
 
     Example:
         >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.axes import (
@@ -150,7 +150,7 @@ def each_apart(tensor: torch.Tensor, place: Place, matrices: Place, labels=None)
     tensor, axes = parts_apart(tensor, (*matrices, *place))
     first, last = axes[:len(matrices)], axes[len(matrices):]
     others = [axis for axis in range(tensor.ndim) if axis not in axes]
-    found = tensor.permute(*first, *others, *last).flatten(-len(last)).flatten(0, len(first) - 1)
+    found = tensor.permute(*first, *others, *last).flatten(-len(last)).flatten(0, len(first) - 1).flatten(1, -2)
     if labels is None:
         return list(found)
     own, count = labels

@@ -22,7 +22,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from .axes import Part, default_axis, each_apart, units_in, units_last
-from .functions import SATURATED_VALUES, level, saturated_values
+from .functions import OUTPUTS, SATURATED_VALUES, level, saturated_values
 from .modules import FUSED_FUNCTIONS, Modules
 from .sites import Site
 from .trails import Trails, tensors_in
@@ -30,6 +30,7 @@ from .written import CASTS, COMPARISONS, GATES, WRITTEN, as_written
 
 _RETURNED = (torch.Tensor, tuple, list)
 _SET_ITEM = torch.Tensor.__setitem__
+_PLAIN = frozenset((torch.Tensor, nn.Parameter))
 
 
 class Capture(TorchFunctionMode):
@@ -60,6 +61,7 @@ class Capture(TorchFunctionMode):
             written out, as the sigmoid of ``x * sigmoid(x)``
         empty (Dict[Site, Tuple[float, ...]]): sites that were called without a
             sample, and the values at which their units are dead
+        ran (Set[str]): paths of modules that ran
         unseen (Dict[str, str]): module path to the reason why activations in it are not seen
         seconds (float): of our own work so far, without that of `observe`
 
@@ -86,6 +88,7 @@ class Capture(TorchFunctionMode):
         self.parts = set() if parts is None else parts
         self.hidden = set()
         self.empty = {}
+        self.ran = set()
         self.unseen = {}
         self.seconds = 0.
         self._modules = self._trails = None
@@ -119,6 +122,7 @@ class Capture(TorchFunctionMode):
                 super().__exit__(*exc)
         finally:
             self._suspended = None
+            self.ran = self._modules.ran()
             self._modules.clear()
             self._trails.clear()
             self._exit.close()
@@ -200,9 +204,16 @@ class Capture(TorchFunctionMode):
         output = func(*args, **kwargs) if kwargs else func(*args)
         # Many calls only ask for a size. Activation checkpointing runs the forward again inside backward.
         if isinstance(output, _RETURNED) and type(output) is not torch.Size and self._graph_task() == -1:
-            self._guard(self._follow, func, args, kwargs or {}, output)
+            returned = output
         elif output is None and func is _SET_ITEM and self._graph_task() == -1:
-            self._guard(self._follow, func, args, {}, args[0])
+            returned = args[0]
+        else:
+            return output
+        if _PLAIN.issuperset(types):
+            self._guard(self._follow, func, args, kwargs or {}, returned)
+        else:  # of a subclass of tensors, what we ask would be calls of its own
+            with torch._C.DisableTorchFunctionSubclass():
+                self._guard(self._follow, func, args, kwargs or {}, returned)
         return output
 
     def _follow(self, func, args, kwargs, output):
@@ -229,7 +240,7 @@ class Capture(TorchFunctionMode):
         elif written is not None:
             name, values, parts = written
             self.parts.update(parts)
-            self._report(name, outputs[0], values, level(name), parts)
+            self._report(name, outputs[0], values, level(name), parts, is_hinge=not parts)
         elif name in GATES:
             trails.activate(outputs[0], name, ())
 
@@ -243,7 +254,7 @@ class Capture(TorchFunctionMode):
             finally:
                 self._modules.pop()
 
-    def _report(self, name, output, values, above, parts=()):
+    def _report(self, name, output, values, above, parts=(), is_hinge=False):
         if not _can_be_read(output):
             return
         trail, path = self._trails.get(output), self._modules.path
@@ -265,7 +276,7 @@ class Capture(TorchFunctionMode):
         sites = tuple(self._site(path, name, own_layer, nth, units_in(own)) for own_layer, _, own in pieces)
         self._trails.activate(output, name, sites, parts)
         is_named = self._names(path)
-        if is_named:
+        if is_named or self._may_be_last(name, trail, is_hinge):
             self.hidden.update(sites)
         if is_named or self._everything or (trail is not None and trail.is_trained):
             for site, (_, one, own) in zip(sites, pieces, strict=True):
@@ -273,6 +284,11 @@ class Capture(TorchFunctionMode):
                     self.empty[site] = values
                 elif site not in self.parts:
                     self._look(site, *units_last(one, own), values, above)
+
+    def _may_be_last(self, name, trail, is_hinge):
+        """ Whether it counts also if no layer follows, as the last activation of a network that makes features. """
+        return (name not in OUTPUTS and not is_hinge and trail is not None and trail.run.is_trained
+                and self._modules.holds(trail.run.layer))
 
     def _site(self, path, *key):
         key = (path, *key)

@@ -56,16 +56,10 @@ SATURATED_VALUES = {
     'prelu': (),
     'rrelu': (),
     'tanhshrink': (),
-    # Activations of the transformers library that are written out as products
-    # and tanh, whose parts are no activations of their own.
-    'NewGELUActivation': (0.,),
-    'FastGELUActivation': (0.,),
-    'QuickGELUActivation': (0.,),
-    'AccurateGELUActivation': (0.,),
+    # Activations of the transformers library whose parts are no activations of their own.
     'ReLUSquaredActivation': (0.,),
     'XIELUActivation': (),
 }
-
 
 
 def _softplus(input, beta=1., *args, **kwargs):
@@ -86,6 +80,10 @@ LEVELS = {
     'logsigmoid': -math.log(2),
     'threshold': _threshold_level,
 }
+
+# Where nothing follows that is trained, these are the output of a network, and no hidden layer.
+OUTPUTS = {'sigmoid', 'special_expit', 'hardsigmoid', 'log_sigmoid', 'logsigmoid', 'tanh', 'softplus', 'softsign',
+           'hardtanh', 'threshold', 'hardshrink', 'softshrink', 'tanhshrink'}
 
 
 def register_activation(function, saturated_values: tuple[float, ...] | Callable = ()):

@@ -91,14 +91,20 @@ def _einsum(args, owners, output):
     if letters is None:
         return [-1], []
     operands, out = letters
-    of_inputs = ''.join(x for x, owner in zip(operands, owners, strict=True) if owner is None)
-    of_weight = ''.join(x for x, owner in zip(operands, owners, strict=True) if owner is not None)
-    # What was looked up of a table of matrices has theirs first.
-    of_inputs += ''.join(x[:owner.labels.ndim] for x, owner in zip(operands, owners, strict=True)
-                         if getattr(owner, 'labels', None) is not None)
-    units = [out.index(x) - len(out) for x in out if x.isalpha() and x not in of_inputs]
-    matrices = [out.index(x) - len(out) for x in out if x.isalpha() and x in of_inputs and x in of_weight]
-    return units or [-1], matrices if units else []
+    of_inputs, of_weights, of_matrices = '', '', ''
+    for own, owner in zip(operands, owners, strict=True):
+        if owner is None:
+            of_inputs += own
+        else:
+            of_weights += own
+            # The last two dimensions of a parameter are a matrix, the others tell which; so do labels.
+            of_matrices += own[:max(getattr(owner, 'ndim', 2) - 2, 0)]
+    new = [x for x in out if x.isalpha() and x not in of_inputs]
+    units = [x for x in new if x not in of_matrices] or new
+    if not units:
+        return [-1], []
+    matrices = [x for x in out if x in of_weights and x not in units and x in of_inputs + of_matrices]
+    return [out.index(x) - len(out) for x in units], [out.index(x) - len(out) for x in matrices]
 
 
 def letters_of(args: tuple, count: int) -> tuple[list[str], str] | None:

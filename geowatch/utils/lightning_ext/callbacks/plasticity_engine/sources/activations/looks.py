@@ -6,6 +6,7 @@ import math
 from ...statistics.calls import Call
 from ..weights import clean_name
 from .capture import Capture
+from .experts import alike, of_idle_siblings
 from .window import Window
 
 
@@ -19,9 +20,12 @@ class Looks:
         wants (Callable[[str], bool]): of the path of a layer
         faults (Faults): where failures stay
         needing (Callable): needing(metrics, fields): those of the metrics that need any of some additive fields
+        names (Callable[[str], bool]): whether the user names a module of this
+            path, so that its activations count wherever they are
 
     Attributes:
         windows (List[Window]): the same on all processes
+        unseen (Dict[str, str]): module path to the reason why activations in it are not seen
 
     Example:
         >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.faults import Faults
@@ -29,7 +33,7 @@ class Looks:
         >>> import torch
         >>> looks = Looks(2000, 1, lambda layer: True, Faults(), lambda metrics, fields: metrics)
         >>> looks.open(['dead_units'], ['away'])
-        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU())
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 1))
         >>> looks.look(model, torch.ones(5, 3))
         >>> _ = model(torch.ones(5, 3))
         >>> looks.look_away()
@@ -37,13 +41,19 @@ class Looks:
         (5, ['1'])
     """
 
-    def __init__(self, samples, processes, wants, faults, needing):
+    def __init__(self, samples, processes, wants, faults, needing, names=lambda path: False):
         self.windows = []
+        self.unseen = {}
         self._samples = samples
         self._processes = processes
         self._wants = wants
         self._faults = faults
         self._needing = needing
+        self._names = names
+        self._parts = set()    # sites that are only part of an activation that is written out
+        self._seen = {}        # all sites, and the values at which their units are dead
+        self._hidden = set()
+        self._alike = []       # modules that are built alike
         self._capture = None
         self._looking = []
 
@@ -57,11 +67,12 @@ class Looks:
             start (bool): it is of the network before its first step
         """
         if metrics:
-            self.windows.append(Window(
-                metrics, fields, self._samples, self._processes, start,
-                on_error=lambda failed: self._faults.fail(self._needing(metrics, failed))))
+            window = Window(metrics, fields, self._samples, self._processes, start,
+                            on_error=lambda failed: self._faults.fail(self._needing(metrics, failed)))
+            window.hidden = set()
+            self.windows.append(window)
 
-    def look(self, model, batch, left=math.inf):
+    def look(self, model, batch, left=math.inf, is_trained=None):
         """
         Watch the next forward pass, if there is a window that wants more.
 
@@ -69,6 +80,7 @@ class Looks:
             model (torch.nn.Module):
             batch (Any): that comes next
             left (float): how many batches there will be, this one included
+            is_trained (Callable[[str, Parameter], bool] | None): whether an optimizer has it; by default all
         """
         self.look_away()  # where a hook of the model has ended the last batch before its end
         looking = [window for window in self.windows if not window.is_full and self._alive(window)]
@@ -87,9 +99,10 @@ class Looks:
         with self._faults.guard(names):
             for window in looking:
                 window.begin_batch(batch, left)
-            capture = Capture(model, observe, on_error=lambda ex: self._faults.fail(names))
+            capture = Capture(model, observe, lambda ex: self._faults.fail(names), is_trained, everything=False,
+                              names=self._names, parts=self._parts)
             capture.__enter__()
-            self._capture, self._looking = capture, looking
+            self._capture, self._looking, self._alike = capture, looking, alike(model)
 
     def look_away(self):
         """ Stop watching, and leave nothing behind. """
@@ -101,8 +114,34 @@ class Looks:
         self._faults.spent(names, capture.seconds)
         with self._faults.guard(names):
             for window in self._looking:
+                self._judge(window, capture)
                 window.end_batch()
         self._looking = []
+
+    def _judge(self, window, capture):
+        """ Which of the sites that were seen are hidden layers, as far as this batch tells. """
+        window.hidden |= capture.hidden
+        window.apart |= capture.parts
+        window.ran |= capture.ran
+        window.idle |= {site: values for site, values in capture.empty.items() if site in capture.hidden}
+        window.idle |= of_idle_siblings(self._alike, window)
+        self.unseen.update(capture.unseen)
+        self.unseen.update({site.module: f'{site.function} of a changing number of units'
+                            for site in window.apart & window.hidden - capture.parts})
+        self._hidden |= window.hidden - window.apart
+        self._seen |= window.values
+
+    def why_nothing(self):
+        """ What there was to see (str), for a metric of activations that was never measured. """
+        if not self._seen:
+            return 'no activation function was seen'
+        values = {site: own for site, own in self._seen.items() if site in self._hidden}
+        if not values:
+            return 'no activation that was seen has a trained layer before and after it'
+        if not any(values.values()):
+            names = ', '.join(sorted({site.function for site in values}))
+            return f'no activation that was seen has an output at which a unit is dead: {names}'
+        return None
 
     def next_batch(self):
         """ Note that a batch went by, seen or not. """

@@ -74,11 +74,15 @@ class Modules:
     """
 
     def __init__(self, model):
-        self.named = [(clean_name(path), module) for path, module in model.named_modules()]
+        self.named = [(clean_name(path), module)
+                      for path, module in model.named_modules(remove_duplicate=False)]
         self.path = ''
         self.inside = 0
-        self._paths = {id(module): path for path, module in self.named}
-        self._known = {}  # id to Running, of those that have run
+        self._paths = {}  # id to the path, or paths if it is in several places
+        for path, module in self.named:
+            self._paths.setdefault(id(module), []).append(path)
+        # id to Running, of those that have run; with the path of the caller where it is in several places
+        self._known = {}
         self._stack = []
 
     @contextlib.contextmanager
@@ -97,6 +101,20 @@ class Modules:
             exit.callback(getattr(torch_module, '_global_forward_hooks_with_kwargs', {}).pop, handle.id, None)
             exit.callback(handle.remove)
             yield
+
+    def holds(self, layer):
+        """
+        Whether a module that runs holds a layer: the network, and neither a loss nor a metric.
+
+        Args:
+            layer (str): its path
+
+        Returns:
+            bool:
+        """
+        # Strategies run a step as the forward of the whole, which they replace meanwhile.
+        return any(layer.startswith(f'{running.path}.') or layer == running.path if running.path
+                   else 'forward' not in vars(running.module) for running in self._stack)
 
     @property
     def top(self):
@@ -119,11 +137,18 @@ class Modules:
         return running
 
     def _look_up(self, module):
-        path = self._paths.get(id(module))
-        if path is None:
+        paths = self._paths.get(id(module))
+        if paths is None:
             return None
+        key, path = id(module), paths[0]
+        if len(paths) > 1:  # one object in several blocks: that of the block which runs
+            key = key, self.path
+            if key in self._known:
+                return self._known[key]
+            inside = [own for own in paths if not self.path or own.startswith(f'{self.path}.')]
+            path = (inside or paths)[0]
         name = type(module).__name__
-        running = self._known[id(module)] = Running(
+        running = self._known[key] = Running(
             module, path, name if name in SATURATED_VALUES else None, isinstance(module, _FAST_PATHS),
             'torch.jit' if isinstance(module, torch.jit.ScriptModule) else None)
         return running
@@ -158,6 +183,10 @@ class Modules:
         self.path = self._stack[-1].path if self._stack else ''
         self.inside -= running.activation is not None
         return running
+
+    def ran(self):
+        """ Paths (Set[str]) of those that have run. """
+        return {running.path for running in self._known.values()}
 
     def clear(self):
         """ Forget the model. """

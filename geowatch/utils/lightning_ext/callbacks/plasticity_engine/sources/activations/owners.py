@@ -14,6 +14,8 @@ from .layers import LAYERS
 
 # Functions that look rows or matrices up in a table.
 LOOKUPS = {'__getitem__', 'index_select'}
+# Functions that mask a weight.
+MASKS = {'mul', '__mul__', '__rmul__', 'multiply', 'where', 'masked_fill'}
 
 
 class Owner(NamedTuple):
@@ -122,12 +124,12 @@ class Owners:
         if name in LAYERS:
             # As in a hypernetwork, where one layer makes the weights of several.
             others = [owner.layer for owner in owners
-                      if owner.layer != layer and owner.layer != f'{layer}.bias']
+                      if owner is not None and owner.layer != layer and owner.layer != f'{layer}.bias']
             layer = f'{layer}({others[0]})' if others else layer
         for x in outputs:
             if id(x) not in self.known:
                 own = slice_name(layer, x, inputs[0]) if name in SLICES else layer
-                yield x, Owner(own, weight.rank, all(owner.is_data for owner in owners))
+                yield x, Owner(own, weight.rank, weight.is_data)
 
     def clear(self):
         """ Forget the model. """

@@ -14,7 +14,7 @@ from torch import nn
 
 from .axes import SLICES, Place, follow_units, units_in, whole
 from .layers import LAYERS, NORM_AXIS, layer_places
-from .owners import LOOKUPS, Owners, slice_name
+from .owners import LOOKUPS, MASKS, Owners, slice_name
 from .products import OPERANDS, PRODUCTS, follow_product
 from .written import CASTS, COMPARISONS
 
@@ -31,13 +31,15 @@ class Run:
     Attributes:
         layer (str): its path
         order (int): how many ran before
+        is_trained (bool): whether the layer's own weight is
         calls (Dict[Any, int]): how many calls of each kind there were
     """
-    __slots__ = ('layer', 'order', 'calls')
+    __slots__ = ('layer', 'order', 'is_trained', 'calls')
 
-    def __init__(self, layer, order):
+    def __init__(self, layer, order, is_trained):
         self.layer = layer
         self.order = order
+        self.is_trained = is_trained
         self.calls = {}
 
 
@@ -155,8 +157,10 @@ class Trails:
                     self.remember(outputs[0], None, weight._replace(labels=inputs[-1], count=len(table)))
                     return False
                 name, is_layer = 'embedding', True  # written by hand
-            # A product with a buffer is a layer on data, as are points that a network holds.
-            if None not in owners and not (is_layer and owners[0].is_data):
+            # What a network holds in a buffer may be data, such as points; a mask may come from anywhere.
+            is_weight = None not in owners or (name in MASKS and trail is None and weight.rank[0] and any(
+                x.shape == outputs[0].shape for x, owner in zip(inputs, owners, strict=True) if owner is weight))
+            if is_weight and not (is_layer and owners[0].is_data):
                 for x, owner in self._owners.made(name, inputs, owners, weight, outputs):
                     self.remember(x, None, owner)
                 return False
@@ -257,11 +261,12 @@ class Trails:
         if is_trained:
             self.confirmed |= pending
             pending = _NONE
-        return self._trail(layer, (), pending, is_trained or any(trail.is_trained for trail in trails))
+        return self._trail(layer, (), is_trained, pending, any(trail.is_trained for trail in trails))
 
-    def _trail(self, layer, place, pending=_NONE, is_trained=True):
+    def _trail(self, layer, place, is_trained, pending=_NONE, after_trained=False):
         order = next(self._order)
-        return Trail(Run(layer, order), place, root=order, pending=pending, is_trained=is_trained)
+        return Trail(Run(layer, order, is_trained), place, root=order, pending=pending,
+                     is_trained=is_trained or after_trained)
 
     def activate(self, output, name, sites, parts=()):
         """

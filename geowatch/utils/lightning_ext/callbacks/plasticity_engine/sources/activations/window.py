@@ -1,7 +1,12 @@
 """
 What has been seen of the activations for some metrics, until it is enough.
+
+Whether a site is a hidden layer is known only after what comes of it has gone
+on, so that numbers are collected first and chosen at the end.
 """
 import math
+
+import torch
 
 from ...schedule import Poll
 from ...statistics import Totals
@@ -24,6 +29,13 @@ class Window:
     Attributes:
         examples (int): seen so far
         batches (int): that went by, seen or not: the same on all processes
+        hidden (Set[Site] | None): those that are hidden layers; None for all
+        apart (Set[Site]): those that are not, although they are hidden: only
+            part of an activation, or of units whose number changes
+        ran (Set[str]): paths of modules that ran
+        idle (Dict[Site, Tuple[float, ...]]): hidden layers that no sample has
+            reached, and the values at which their units are dead
+        values (Dict[Site, Tuple[float, ...]]): the same of all sites that were seen, hidden or not
 
     Example:
         >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.window import Window
@@ -46,6 +58,10 @@ class Window:
         # The paper's 2000 rows, and enough for the rank of a wide layer.
         self._makers = makers_of(fields, lambda units: math.ceil(max(samples, 8 * units) / processes))
         self._on_error = on_error
+        self.hidden = None
+        self.apart, self.ran = set(), set()
+        self.idle, self.values = {}, {}
+        self._units = {}
         self._sites = {}
         self._expected = None
 
@@ -75,7 +91,13 @@ class Window:
         Args:
             call (Call): which several windows may share
         """
-        self._each('add', self._sites.setdefault(call.site, {}), call)
+        site = call.site
+        if self._units.setdefault(site, call.units) != call.units:
+            self.apart.add(site)
+            self._sites.pop(site, None)
+        if site not in self.apart:
+            self.values[site] = call.values
+            self._each('add', self._sites.setdefault(site, {}), call)
 
     def end_batch(self):
         """ Note that the batch is over. """
@@ -84,16 +106,27 @@ class Window:
     def totals(self) -> Totals:
         """
         Returns:
-            Totals: what has been seen so far
+            Totals: what has been seen so far of hidden layers
         """
         self._each('finish')
+        found = {site: own for site, own in self._sites.items()
+                 if site not in self.apart and (self.hidden is None or site in self.hidden)}
         totals = {}
         for maker in self._makers:
             for field in maker.fields:
-                own = {site: fields[field] for site, fields in self._sites.items() if field in fields}
+                own = {site: fields[field] for site, fields in found.items() if field in fields}
+                own |= self._of_idle(field, own)
                 if own:
                     totals['activations', field] = own
         return totals
+
+    def _of_idle(self, field, others):
+        """ Fields of layers without a sample: none of their units was ever away from a saturated value. """
+        idle = [(site, values) for site, values in self.idle.items() if values and site not in self._sites]
+        if field == 'away':
+            device = next((x.device for x in others.values()), 'cpu')
+            return {site: torch.zeros(len(values), site.units, device=device) for site, values in idle}
+        return {site: 0. for site, _ in idle} if field in {'samples', 'nonfinite'} else {}
 
     def _each(self, method, *args):
         for maker in list(self._makers):
