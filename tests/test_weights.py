@@ -21,6 +21,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from geowatch.utils.lightning_ext.callbacks.plasticity import PlasticityMonitor
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.weights import weights_of
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.statistics.tensors import grams
+from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import METRICS
 
 
 def random(*shape):
@@ -215,6 +216,7 @@ def arrays(tensors):
 @pytest.fixture(scope='module')
 def run_of_everything(tmp_path_factory):
     """ A run with the monitor, and what was there before and after each step. """
+    before = dict(METRICS)
     toys.register()
     seen = []
 
@@ -230,6 +232,8 @@ def run_of_everything(tmp_path_factory):
         net, _, lines, _ = fit(tmp_path_factory.mktemp('all'),
                                PlasticityMonitor('weight_mag,grad_mag,erank,step_ratio,piece_squares', interval=1),
                                make_net(Everything), callbacks=[Watch()], max_epochs=1)
+    METRICS.clear()
+    METRICS.update(before)  # a module's fixture comes before what cleans up after a test
     return net, lines, seen, said.getvalue()
 
 

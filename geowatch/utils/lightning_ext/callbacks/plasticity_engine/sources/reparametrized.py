@@ -47,7 +47,7 @@ def made_by(module: nn.Module) -> list[Made]:
         []
     """
     found = []
-    if isinstance(lists := module._modules.get('parametrizations'), nn.ModuleDict):
+    if 'parametrizations' in module._modules and isinstance(lists := module.parametrizations, nn.ModuleDict):
         found += [Made(name, list(own.parameters()), lambda own=own: _run(own)) for name, own in lists.items()]
     # The functions of torch.nn.utils that are older than parametrizations make it in a hook.
     for hook in module._forward_pre_hooks.values():
