@@ -313,6 +313,39 @@ def layouts(folder, mesh_shape):
     torch.distributed.destroy_process_group()
 
 
+def slices(folder, mesh_shape):
+    """ Statistics of the matrices that a parameter of three dimensions holds, in each layout. """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    from geowatch.utils.lightning_ext.callbacks.plasticity_engine.processes import Processes, layout_of
+    from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.weights import Weight
+    from geowatch.utils.lightning_ext.callbacks.plasticity_engine.statistics.tensors import functions_of
+    torch.distributed.init_process_group('gloo')
+    processes = Processes(torch.distributed.get_world_size(), 'cpu')
+    mesh = init_device_mesh('cpu', tuple(mesh_shape), mesh_dim_names=tuple('ab'[:len(mesh_shape)]))
+    entries, rows, columns, both = Shard(0), Shard(1), Shard(2), Replicate()
+    cases = [[entries], [rows], [columns], [both]] if len(mesh_shape) == 1 else [
+        [entries, rows], [both, entries], [entries, entries], [rows, columns], [both, columns], [entries, both]]
+    found = {}
+    for shape, indices in (((5, 3, 7), (0, 4)), ((5, 7, 3), (0, 4)), ((1, 6, 4), (0,))):
+        whole = torch.arange(float(math.prod(shape))).sin().reshape(shape)
+        for placements in cases:
+            param = torch.nn.Parameter(distribute_tensor(whole, mesh, placements))
+            for index in indices:
+                stats = {}
+                for function, fields in functions_of(['count', 'abs', 'squares', 'nonfinite', 'gram']).items():
+                    stats.update({('weights', field): x for field, x in function(
+                        {'x': Weight([param], index=index)}, fields).items()})
+                (total,) = processes.add_up([stats], [layout_of([stats])] * processes.count)
+                found[f'{json.dumps(shape, separators=(",", ":"))} {index} {placements}'] = {
+                    field: x['x'].tolist() for (_, field), x in total.items()}
+    if processes.rank == 0:
+        with open(f'{folder}/found.json', 'w') as file:
+            json.dump(found, file)
+    torch.distributed.destroy_process_group()
+
+
 def flattened(folder):
     """ What FSDP1 makes of the weights. """
     from torch.distributed.fsdp import FullyShardedDataParallel

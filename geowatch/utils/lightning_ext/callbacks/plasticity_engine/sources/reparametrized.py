@@ -7,6 +7,9 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 
 class Made(NamedTuple):
@@ -44,7 +47,7 @@ def made_by(module: nn.Module) -> list[Made]:
         []
     """
     found = []
-    if isinstance(lists := getattr(module, 'parametrizations', None), nn.ModuleDict):
+    if 'parametrizations' in module._modules and isinstance(lists := module.parametrizations, nn.ModuleDict):
         found += [Made(name, list(own.parameters()), lambda own=own: _run(own)) for name, own in lists.items()]
     # The functions of torch.nn.utils that are older than parametrizations make it in a hook.
     for hook in module._forward_pre_hooks.values():
@@ -57,12 +60,11 @@ def made_by(module: nn.Module) -> list[Made]:
 
 def _recipe(hook):
     """ The name of what a hook makes, those of its parts, and what makes it of a module. """
-    from torch.nn.utils import prune, spectral_norm, weight_norm
-    if isinstance(hook, prune.BasePruningMethod):
+    if isinstance(hook, BasePruningMethod):
         return hook._tensor_name, [f'{hook._tensor_name}_orig'], hook.apply_mask
-    if isinstance(hook, weight_norm.WeightNorm):
+    if isinstance(hook, WeightNorm):
         return hook.name, [f'{hook.name}_g', f'{hook.name}_v'], hook.compute_weight
-    if isinstance(hook, spectral_norm.SpectralNorm):
+    if isinstance(hook, SpectralNorm):
         return hook.name, [f'{hook.name}_orig'], lambda module: hook.compute_weight(module, do_power_iteration=False)
     return None
 

@@ -1,6 +1,7 @@
 """
 The weights of a network: which parameters they are, and which matrices those make.
 """
+import functools
 import re
 from collections.abc import Callable, Iterator
 
@@ -16,10 +17,13 @@ _WRAPPERS = {'_orig_mod', '_fsdp_wrapped_module', '_checkpoint_wrapped_module', 
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 # What linear, convolution, embedding and recurrent layers have, also those of other libraries.
 _SIZES = ('in_features', 'in_channels', 'num_embeddings', 'input_size')
+# The walk comes at each measurement; names do not change in between.
+_cached = functools.lru_cache(maxsize=1 << 16)
 # What is no weight by its kind, of which nobody has to be told.
 SMALL = 'biases and scales'
 
 
+@_cached
 def clean_name(name: str) -> str:
     """
     A parameter's or module's name without the prefixes of wrappers.
@@ -205,6 +209,7 @@ def _long(param):
     return sum(size > 1 for size in param.shape)
 
 
+@_cached
 def _last(name):
     """ What a parameter is called; in a list by the name of that. """
     return next((part for part in reversed(name.split('.')) if not part.isdigit()), '')
@@ -263,6 +268,7 @@ def why_not_a_weight(param: nn.Parameter, name: str = '', owner: nn.Module | Non
     return None
 
 
+@_cached
 def _is_bias(name):
     """ By what it is called: bias, w_bias, relative_bias_table, b, b1, b_in. """
     words = re.findall('[A-Za-z]+', _last(name))
@@ -270,7 +276,12 @@ def _is_bias(name):
 
 
 def _is_norm(owner):
-    return isinstance(owner, _NORMS) or re.search(r'norm(\dd)?$', type(owner).__name__.lower()) is not None
+    return isinstance(owner, _NORMS) or _says_norm(type(owner).__name__)
+
+
+@_cached
+def _says_norm(class_name):
+    return re.search(r'norm(\dd)?$', class_name.lower()) is not None
 
 
 class Trained:
