@@ -30,13 +30,14 @@ from .lightning import (
     steps_until_the_last,
 )
 from .measurement import Reading, additive_keys, needing
-from .message import describe
+from .message import describe, grouped
 from .processes import Processes
 from .publisher import Publisher
 from .sharding import is_sharded
 from .sinks import FILE_NAME, Sinks
 from .sources import STEP_SOURCES
 from .sources.activations.looks import Looks, layer_paths
+from .sources.activations.modules import FUSED_FUNCTIONS
 from .sources.weights import Trained, parameters_of, wanted, weights_of
 
 
@@ -89,6 +90,7 @@ class Fit:
         self._wanted = {}        # path of a layer to whether it is measured
         self._trained = Trained(trainer)
         self._sees_validation = False  # whether any hidden layer ran in one
+        self._said = set()       # paths of modules that are named as not seen
         self._wake = 0           # the next step at which anything can be due
         self._is_awake = False
 
@@ -326,6 +328,14 @@ class Fit:
         step, metrics = lines[0]['step'], {line['metric'] for line in lines}
         if self.first_step is None or step < self.first_step:
             self._drop_lines_after_checkpoint(lambda row: row['step'] == step and row['metric'] in metrics)
+
+    def say_unseen(self):
+        """ Name the modules in which activations ran that could not be seen, each once. """
+        reasons = {path: why for path, why in self.looks.unseen.items()
+                   if path not in self._said and why not in FUSED_FUNCTIONS}  # those are named at the start
+        self._said.update(reasons)
+        if reasons and self.trainer.is_global_zero:
+            print(f'PlasticityMonitor: not seen: {"; ".join(grouped(reasons))}')
 
     # --- what is due ----------------------------------------------------------------------
 

@@ -214,6 +214,8 @@ def evaluate(metric: Metric, numbers: Numbers, before: Numbers | None = None) ->
                 columns['value'] = math.nan
             if metric.network == 'units':
                 columns['units'] = int(numbers['activations', 'units'][name])
+                if not numbers.get(('activations', 'samples'), {}).get(name, 1.):
+                    columns['no_sample'] = True  # as of an expert that no token has reached
             if share:
                 columns['nonfinite'] = share
             elif all(np.isfinite(table[name]).all() for table in tables):

@@ -1,12 +1,11 @@
 """
 The message at fit start: what is watched, and what is not and why.
 """
-from collections import Counter
-
 from .sources.activations.modules import fused_modules
 from .sources.weights import SMALL, walk, wanted
 
 _SHOWN = 6  # reasons; a large model may have hundreds
+_NAMED = 3  # modules of one reason
 
 
 def describe(model, is_trained, metrics, schedules, wants, looks, reason):
@@ -34,7 +33,7 @@ def describe(model, is_trained, metrics, schedules, wants, looks, reason):
         >>> _ = model[1].requires_grad_(False)
         >>> metrics, schedules = {'erank': METRICS['erank']}, {'erank': Schedule('epoch')}
         >>> describe(model, None, metrics, schedules, lambda layer: True, '', None)
-        'PlasticityMonitor: erank (every epoch); 1 weight. Not watched: 1 weight: frozen'
+        'PlasticityMonitor: erank (every epoch); 1 weight. Not watched: 1 weight: frozen (1)'
     """
     found = list(walk(model, is_trained))
     weights = {layer: weight for layer, weight, why in found if why is None}
@@ -42,10 +41,13 @@ def describe(model, is_trained, metrics, schedules, wants, looks, reason):
     sees = any(metric.sees_activations for metric in metrics.values())
     watched = ', '.join(f'{name} ({_every(schedule)})' for name, schedule in schedules.items())
     parts = [watched or 'nothing', _count(asked), *([f'activations in {looks}'] if sees else [])]
-    whys = Counter(why for _, _, why in found if why not in (None, SMALL))
-    without = [f'{_count(count)}: {why}' for why, count in whys.items()]
+    whys = {}
+    for layer, _, why in found:
+        if why not in (None, SMALL):
+            whys.setdefault(why, []).append(layer)
+    without = [f'{_count(len(layers))}: {why} ({_some(_roots(layers, weights))})' for why, layers in whys.items()]
     if sees:
-        without += [f'activations inside {path}: {why}' for path, why in fused_modules(model).items()]
+        without += grouped(fused_modules(model))
     if reason:
         without.append(reason)
     if asked < len(weights):
@@ -53,6 +55,42 @@ def describe(model, is_trained, metrics, schedules, wants, looks, reason):
     if len(without) > _SHOWN:
         without[_SHOWN:] = [f'and {len(without) - _SHOWN} more']
     return f'PlasticityMonitor: {"; ".join(parts)}' + (f'. Not watched: {"; ".join(without)}' if without else '')
+
+
+def grouped(reasons):
+    """
+    Modules whose activations are not seen, by the reason.
+
+    Args:
+        reasons (Dict[str, str]): by the path of a module
+
+    Returns:
+        List[str]: a text for each reason
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.message import grouped
+        >>> grouped({'a': 'LSTM is one fused kernel', 'b': 'LSTM is one fused kernel'})
+        ['activations inside a, b: LSTM is one fused kernel']
+    """
+    paths = {}
+    for path, why in reasons.items():
+        paths.setdefault(why, []).append(path or 'the step')
+    return [f'activations inside {_some(own)}: {why}' for why, own in paths.items()]
+
+
+def _roots(layers, weights):
+    """ The largest modules that hold some layers and no weight that is measured, such as a teacher. """
+    roots = {}
+    for layer in layers:
+        parts = layer.split('.')
+        root = next((root for root in ('.'.join(parts[:i]) for i in range(1, len(parts)))
+                     if not any(name == root or name.startswith(f'{root}.') for name in weights)), layer)
+        roots[root] = None
+    return list(roots)
+
+
+def _some(names):
+    return ', '.join(names[:_NAMED]) + (f' and {len(names) - _NAMED} more' if len(names) > _NAMED else '')
 
 
 def _every(schedule):

@@ -109,6 +109,7 @@ class Publisher:
         """ Note what is measured: also if its values cannot be computed here, since all processes have to agree. """
         if reading.window is not None:
             self._fit.looks.close(reading.window)
+            self._fit.say_unseen()
             return
         reading.metrics = [name for name in reading.metrics if any(name in own for own in has)]
         if reading.moment.step >= 0:

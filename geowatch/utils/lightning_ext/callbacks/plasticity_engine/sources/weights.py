@@ -249,7 +249,7 @@ def why_not_a_weight(param: nn.Parameter, name: str = '', owner: nn.Module | Non
         'frozen'
     """
     if is_lazy(param):
-        return 'without a shape yet'
+        return 'without a shape yet, measured once it has one'
     if hasattr(param, 'ds_id') and not param.numel():
         return 'sharded by DeepSpeed, which keeps no tensor of them'
     if getattr(param, '_fsdp_flattened', False) or type(param).__name__ == 'FlatParameter':

@@ -59,8 +59,9 @@ class Capture(TorchFunctionMode):
         hidden (Set[Site]): sites that are hidden layers, as seen so far
         parts (Set[Site]): sites that are only part of an activation that is
             written out, as the sigmoid of ``x * sigmoid(x)``
-        empty (Dict[Site, Tuple[float, ...]]): sites that were called without a
-            sample, and the values at which their units are dead
+        called (Dict[Site, Tuple[float, ...]]): all sites, observed or not, and
+            the values at which their units are dead
+        empty (Dict[Site, Tuple[float, ...]]): those that were called without a sample
         ran (Set[str]): paths of modules that ran
         unseen (Dict[str, str]): module path to the reason why activations in it are not seen
         seconds (float): of our own work so far, without that of `observe`
@@ -87,6 +88,7 @@ class Capture(TorchFunctionMode):
         self._names = names
         self.parts = set() if parts is None else parts
         self.hidden = set()
+        self.called = {}
         self.empty = {}
         self.ran = set()
         self.unseen = {}
@@ -275,6 +277,7 @@ class Capture(TorchFunctionMode):
                       for i, one in enumerate(each_apart(pieces[0][1], place, matrices, trail.labels))]
         sites = tuple(self._site(path, name, own_layer, nth, units_in(own)) for own_layer, _, own in pieces)
         self._trails.activate(output, name, sites, parts)
+        self.called.update(dict.fromkeys(sites, values))
         is_named = self._names(path)
         if is_named or self._may_be_last(name, trail, is_hinge):
             self.hidden.update(sites)

@@ -51,7 +51,7 @@ class Looks:
         self._needing = needing
         self._names = names
         self._parts = set()    # sites that are only part of an activation that is written out
-        self._seen = {}        # all sites, and the values at which their units are dead
+        self._called = {}      # all sites, and the values at which their units are dead
         self._hidden = set()
         self._alike = []       # modules that are built alike
         self._capture = None
@@ -129,13 +129,13 @@ class Looks:
         self.unseen.update({site.module: f'{site.function} of a changing number of units'
                             for site in window.apart & window.hidden - capture.parts})
         self._hidden |= window.hidden - window.apart
-        self._seen |= window.values
+        self._called |= capture.called
 
     def why_nothing(self):
         """ What there was to see (str), for a metric of activations that was never measured. """
-        if not self._seen:
+        if not self._called:
             return 'no activation function was seen'
-        values = {site: own for site, own in self._seen.items() if site in self._hidden}
+        values = {site: own for site, own in self._called.items() if site in self._hidden}
         if not values:
             return 'no activation that was seen has a trained layer before and after it'
         if not any(values.values()):
