@@ -14,7 +14,7 @@ from geowatch.utils.lightning_ext.callbacks.plasticity_engine.agenda import Agen
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.lightning import Moment
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.publisher import read_memory
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.schedule import Schedule
-from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.window import count_examples
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.examples import count_examples
 from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import GROUPS, METRICS, parse_metrics
 
 anything = st.recursive(

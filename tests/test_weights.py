@@ -319,3 +319,12 @@ def test_matrices_of_sharded_parameters(tmp_path, mesh):
         assert got['abs'] == pytest.approx(np.abs(matrix).sum(), rel=1e-6), name
         gram = matrix @ matrix.T if matrix.shape[0] < matrix.shape[1] else matrix.T @ matrix
         assert np.tril(got['gram']) == pytest.approx(np.tril(gram), abs=1e-5), name
+
+
+def test_weight_without_a_gradient_of_its_own(tmp_path, capsys):
+    net = make_net()
+    KINDS['low rank'][0](net)
+    _, _, lines, _ = fit(tmp_path, PlasticityMonitor('weight_mag,grad_mag', interval='epoch'), net, max_epochs=1)
+    assert set(last(lines, 'weight_mag')['layers']) == {'fc1', 'fc2', 'head'}
+    assert set(last(lines, 'grad_mag')['layers']) == {'fc1', 'head'}
+    assert '1 weight: no gradient, as several parameters make it' in capsys.readouterr().out

@@ -167,7 +167,7 @@ class PlasticityMonitor(*_BASES):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if self._fit is not None:
-            self._fit.end_batch(pl_module, batch_idx)
+            self._fit.end_batch(pl_module, batch, batch_idx)
 
     def on_train_epoch_end(self, trainer, pl_module):
         if self._fit is not None:
@@ -183,7 +183,7 @@ class PlasticityMonitor(*_BASES):
 
     def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
         if self._fit is not None:
-            self._fit.end_validation_batch()
+            self._fit.end_validation_batch(batch)
 
     def on_validation_epoch_end(self, trainer, pl_module):
         if self._fit is not None:

@@ -197,11 +197,11 @@ class Fit:
             for source in self._sources.values():
                 source.before_step(weights, scale_of(self.trainer, optimizer))
 
-    def end_batch(self, module, batch_idx):
+    def end_batch(self, module, batch, batch_idx):
         """ Measure what was due at this step. """
         if not self._is_awake:
             return
-        self.looks.look_away()
+        self._look_away(batch)
         step, stepped, readings = self.moment.step, has_stepped(self.trainer), []
         if self.source == 'train':
             self.looks.next_batch()
@@ -252,9 +252,14 @@ class Fit:
         if self.source == 'validation' and self.looks.windows:
             self._look(module, batch, batches_left(self.trainer, batch_idx, dataloader_idx))
 
-    def end_validation_batch(self):
+    def end_validation_batch(self, batch):
         """ Stop looking. """
+        self._look_away(batch)
+
+    def _look_away(self, batch):
         self.looks.look_away()
+        for window in self.looks.windows:
+            window.took(batch)
 
     def end_validation(self):
         """ Measure what was seen, before EarlyStopping reads it. """

@@ -2,7 +2,7 @@
 The message at fit start: what is watched, and what is not and why.
 """
 from .sources.activations.modules import fused_modules
-from .sources.weights import SMALL, walk, wanted
+from .sources.weights import SMALL, Weight, walk, wanted
 
 _SHOWN = 6  # reasons; a large model may have hundreds
 _NAMED = 3  # modules of one reason
@@ -40,12 +40,15 @@ def describe(model, is_trained, metrics, schedules, wants, looks, reason):
     asked = len(wanted(weights, wants))
     sees = any(metric.sees_activations for metric in metrics.values())
     watched = ', '.join(f'{name} ({_every(schedule)})' for name, schedule in schedules.items())
-    parts = [watched or 'nothing', _count(asked), *([f'activations in {looks}'] if sees else [])]
+    said = [watched or 'nothing', _count(asked), *([f'activations in {looks}'] if sees else [])]
     whys = {}
     for layer, _, why in found:
         if why not in (None, SMALL):
             whys.setdefault(why, []).append(layer)
     without = [f'{_count(len(layers))}: {why} ({_some(_roots(layers, weights))})' for why, layers in whys.items()]
+    mixed = sum(weight.parameter is None for weight in weights.values() if isinstance(weight, Weight))
+    if mixed and any({'gradients', 'pieces'} & set(metric.sources) for metric in metrics.values()):
+        without.append(f'{_count(mixed)}: no gradient, as several parameters make it')
     if sees:
         without += grouped(fused_modules(model))
     if reason:
@@ -54,7 +57,7 @@ def describe(model, is_trained, metrics, schedules, wants, looks, reason):
         without.append(f'{_count(len(weights) - asked)}: outside of `layers`')
     if len(without) > _SHOWN:
         without[_SHOWN:] = [f'and {len(without) - _SHOWN} more']
-    return f'PlasticityMonitor: {"; ".join(parts)}' + (f'. Not watched: {"; ".join(without)}' if without else '')
+    return f'PlasticityMonitor: {"; ".join(said)}' + (f'. Not watched: {"; ".join(without)}' if without else '')
 
 
 def grouped(reasons):

@@ -3,8 +3,8 @@ Weight magnitude: the mean absolute value of all weights of the network.
 
     weight_mag = sum |w| / number of weights
 
-over trainable parameters with two or more dimensions, so without biases and
-norm scales; a mean over weights, not a mean of layer means.
+over what an optimizer trains, as the network uses it, without biases, tokens
+and scales; a mean over weights, not a mean of layer means.
 
 References:
     .. [Dohare2024] Dohare et al., "Loss of plasticity in deep continual

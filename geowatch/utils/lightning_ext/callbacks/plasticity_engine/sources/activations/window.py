@@ -11,6 +11,7 @@ import torch
 from ...schedule import Poll
 from ...statistics import Totals
 from ...statistics.calls import Call, makers_of
+from .examples import count_examples
 
 
 class Window:
@@ -64,6 +65,7 @@ class Window:
         self._units = {}
         self._sites = {}
         self._expected = None
+        self._looked_at = ()  # the batch, and the examples it was thought to have
 
     @property
     def is_full(self):
@@ -79,10 +81,23 @@ class Window:
             left (float): how many batches there will be, this one included, as far as that is known
         """
         examples = count_examples(batch)
-        if self._expected is None:
-            self._expected = max(min(self.wanted, left * examples), examples, 1)
+        self._looked_at = batch, examples
         self.examples += examples
-        self._each('begin_batch', examples / self._expected)
+        if self._expected is None and batch is not None:
+            self._expected = max(min(self.wanted, left * examples), examples, 1)
+        # A step that fetches its batch by itself has none yet: it may be all there is.
+        self._each('begin_batch', 1. if self._expected is None else examples / self._expected)
+
+    def took(self, batch):
+        """
+        Note which batch a step has had that fetched it by itself, which is known when it is over.
+
+        Args:
+            batch (Any): the one that was looked at, for most
+        """
+        if self._looked_at and self._looked_at[0] is not batch:
+            self.examples += count_examples(batch) - self._looked_at[1]
+        self._looked_at = ()
 
     def add(self, call: Call):
         """
@@ -137,34 +152,3 @@ class Window:
                     raise
                 self._makers.remove(maker)
                 self._on_error(maker.fields)
-
-
-def count_examples(batch) -> int:
-    """
-    Examples in a batch: a list of items as in geowatch, where an item may be
-    None, or tensors in any nesting.
-
-    Args:
-        batch (Any):
-
-    Returns:
-        int:
-
-    Example:
-        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.window import (
-        >>>     count_examples)
-        >>> import torch
-        >>> count_examples([{'frames': []}, None, {'frames': []}]), count_examples((torch.ones(5, 2), [1] * 5))
-        (2, 5)
-    """
-    shape = getattr(batch, 'shape', None)
-    if shape is not None:
-        return shape[0] if len(shape) else 1
-    if isinstance(batch, dict):
-        return max(map(count_examples, batch.values()), default=0)
-    if isinstance(batch, (list, tuple)):
-        # One item an example, or one entry an input?
-        if all(item is None or not hasattr(item, 'shape') and not isinstance(item, (list, tuple)) for item in batch):
-            return sum(item is not None for item in batch)
-        return max(map(count_examples, batch), default=0)
-    return int(batch is not None)
