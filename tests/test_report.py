@@ -715,3 +715,25 @@ def test_the_numbers_beside_an_axis_do_not_cover_its_note(tmp_path, base, step):
     # All that stands beside the axis, be it a factor, ends left of where the note begins.
     assert '+' not in offset.get_text()
     assert not offset.get_text() or offset.get_window_extent().x1 <= axes.get_window_extent().x0
+
+
+@drawing
+@pytest.mark.parametrize('has_font', [False, True])
+def test_names_in_other_scripts(tmp_path, monkeypatch, recwarn, has_font):
+    """ Drawn where a font has them, and spelled out where none has: no empty boxes, of which Matplotlib warns. """
+    from geowatch.utils.lightning_ext.callbacks.plasticity_report import figures, glyphs
+    # In a font that Matplotlib brings, and in none.
+    known, known_spelled, unknown = '\u2312', r'\u2312', '\U000f1234'
+    monkeypatch.setattr(glyphs, '_FALLBACKS', ('STIXGeneral',) if has_font else ())
+    for cached in (glyphs.families, glyphs._letters):
+        cached.cache_clear()
+    layers = {f'{letter}.fc{i}': float(i) for i, letter in enumerate((known, unknown, 'gr\u00f6\u00dfe'), 1)}
+    write_run(tmp_path / f'run{known}', [line('erank', step, 2., layers) for step in (4, 9)])
+    runs, _ = load_runs([tmp_path / f'run{known}'])
+    paths = figures.draw_all(make_table(runs), tmp_path)
+    shown = figures._draw_layers(runs[0], 'run', 'erank', 'step').axes[0].get_yticklabels()
+    for cached in (glyphs.families, glyphs._letters):
+        cached.cache_clear()
+    assert len(paths) == 3 and not [str(w.message) for w in recwarn if 'lyph' in str(w.message)]
+    assert [text.get_text() for text in shown] == [
+        f'{known if has_font else known_spelled}.fc1', r'\U000f1234.fc2', 'gr\u00f6\u00dfe.fc3']

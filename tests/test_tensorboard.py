@@ -1,6 +1,7 @@
 """
 TensorBoard: the dashboard, histograms over layers, the worst layers; and values in the progress bar.
 """
+import html
 import importlib.util
 import math
 import os
@@ -16,12 +17,13 @@ import torch
 from common import TAGS, Layers, Net, fit, last, lines_of, make_net, read_lines
 from pytorch_lightning.callbacks import RichProgressBar, TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from tensorboard import plugin_util
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 from torch.utils.tensorboard import SummaryWriter
 
 from geowatch.utils.lightning_ext.callbacks.plasticity import PlasticityMonitor
-from geowatch.utils.lightning_ext.callbacks.plasticity_engine.dashboard import Dashboard
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine.dashboard import Dashboard, line_of, text_of
 from geowatch.utils.lightning_ext.callbacks.plasticity_report import report_command, write_report_script
 
 WORST = 'plasticity_layers/worst/text_summary'
@@ -336,3 +338,14 @@ def test_no_command_where_nothing_was_measured(tmp_path, capsys):
     assert lines == []
     assert 'plasticity_report' not in capsys.readouterr().out
     assert not list(tmp_path.rglob('plasticity_report.sh'))
+
+
+@pytest.mark.parametrize('name', ['a|b', 'a`b', '`a``|b`', '|', 'a\nb', 'back\\', '<b>x</b>', '\u5c42_1'])
+def test_odd_names_keep_the_table(name):
+    """ As TensorBoard renders it: one row of two cells, with the name as it is. """
+    line = line_of('dead_units', {name: 0., 'fc2': 0.}, {name: .5, 'fc2': .25})
+    table = plugin_util.markdown_to_safe_html(text_of([line, line_of('a|b', {'fc': 1.}, {'fc': 2.})]))
+    cells = [html.unescape(cell) for cell in re.findall('<td>(.*?)</td>', table)]
+    shown = ' '.join(name.split())
+    assert cells == ['Dead units', f'<code>{shown}</code> 0 % \u2192 50 %, <code>fc2</code> 0 % \u2192 25 %',
+                     'a|b', '<code>fc</code> 1 \u2192 2']

@@ -168,9 +168,31 @@ def line_of(metric, starts, layers):
     """
     words = words_of(metric)
     named = worst(words, starts, layers)[:MOST_NAMED]
-    moves = [f'`{name}` {words.text(starts.get(name))} \u2192 '
+    moves = [f'{code(name)} {words.text(starts.get(name))} \u2192 '
              f'{words.text(layers[name]) if math.isfinite(layers[name]) else "not finite"}' for name in named]
-    return f'| {words.title} | {", ".join(moves)} |'
+    title = words.title.replace('|', r'\|')
+    return f'| {title} | {", ".join(moves)} |'
+
+
+def code(name):
+    """
+    A name as code in a table of Markdown, whatever is in it.
+
+    Args:
+        name (str): of a layer, in which all but a dot may be
+
+    Returns:
+        str: between more backticks than it has in a row; a bar between backticks ends no cell
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.dashboard import code
+        >>> print(code('fc1'), code('a|b'), code('`a``b'))
+        `fc1` `a|b` ``` `a``b ```
+    """
+    name = ' '.join(name.split())
+    fence = '`' * (1 + max(map(len, re.findall('`+', name)), default=0))
+    space = ' ' if name.startswith('`') or name.endswith(('`', '\\')) else ''
+    return f'{fence}{space}{name}{space}{fence}'
 
 
 def text_of(lines):

@@ -7,6 +7,7 @@ import re
 import textwrap
 
 from .findings import bin_means, running_mean
+from .glyphs import drawable, families
 from .runs import ReportError
 from .scalars import find_scalar
 from .words import PANELS, describe, in_order
@@ -96,10 +97,15 @@ def draw_all(table, out, x='step'):
         List[Path]: what was written
     """
     try:
-        import matplotlib.figure  # noqa
+        import matplotlib
     except ImportError as ex:
         raise ReportError(f"The pictures need matplotlib: pip install 'geowatch-plasticity[report]' ({ex})") from None
-    labels = table.labels()
+    with matplotlib.rc_context({'font.family': families()}):
+        return _write(_draw(table, [drawable(label) for label in table.labels()], x), out)
+
+
+def _draw(table, labels, x):
+    """ All figures by their names. """
     names = in_order(table.runs)
     figures = {name: _draw_metric(table, labels, name, x) for name in names}
     figures['panels'] = _draw_panels(table, labels, x)
@@ -108,6 +114,10 @@ def draw_all(table, out, x='step'):
             figure = _draw_layers(run, label, name, x)
             if figure:
                 figures[f'layers-{name}-{run.name}'] = figure
+    return figures
+
+
+def _write(figures, out):
     paths = []
     for name, figure in figures.items():
         fname = re.sub(r'[^\w.=+-]+', '_', name)
@@ -129,7 +139,7 @@ def _dress(axes, title, about='', percent=False, log=False):
     from matplotlib.ticker import PercentFormatter
     # 15 characters of this size fill an inch; a longer line would run into the axes beside.
     width = axes.figure.get_size_inches()[0] / axes.get_subplotspec().get_gridspec().ncols
-    about = textwrap.fill(about, int(15 * width))
+    title, about = drawable(title), textwrap.fill(drawable(about), int(15 * width))
     lines = about.count('\n') + 1 if about else 0
     axes.set_title(title, loc='left', fontsize=11, fontweight='bold', color=INK, pad=6 + 2 * bool(lines) + 12 * lines)
     if about:
@@ -313,11 +323,11 @@ def _draw_layers(run, label, name, x):
     axes.set_facecolor('#d5dade')
     axes.invert_yaxis()
     shown = range(0, len(layers), math.ceil(len(layers) / 170))
-    names = short_names(layers, 44)
+    names = short_names([drawable(layer) for layer in layers], 44)
     axes.set_yticks([i + 0.5 for i in shown], [names[i] for i in shown])
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0, labelsize=8.5, colors=INK)
-    axes.set_title(f'{words.title} by layer', loc='left', fontsize=11, fontweight='bold', color=INK, pad=20)
+    axes.set_title(f'{drawable(words.title)} by layer', loc='left', fontsize=11, fontweight='bold', color=INK, pad=20)
     axes.annotate(label, (0, 1), xytext=(0, 6), xycoords='axes fraction', textcoords='offset points',
                   fontsize=8.5, color=QUIET)
     axes.set_xlabel(_x_title(x), color=QUIET, fontsize=9)
