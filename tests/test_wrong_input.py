@@ -98,6 +98,12 @@ def test_wrong_layers(layers):
     assert 'layers' in text and repr(layers) in text
 
 
+@pytest.mark.parametrize('name', ['per_layer', 'prog_bar'])
+@pytest.mark.parametrize('value', ['maybe', 'True', None, 1])
+def test_wrong_switches(name, value):
+    assert message(**{name: value}) == f'Expected `{name}` to be True or False, but got {value!r}'
+
+
 @pytest.mark.parametrize('kwargs', [
     {'metrics': 'all'}, {'metrics': 'weight_mag, erank'}, {'metrics': ['erank@2', 'weight_mag']},
     {'interval': 5}, {'interval': '5'}, {'interval': 'epoch'}, {'interval': '5 minutes'}, {'interval': '5minutes'},

@@ -121,6 +121,9 @@ class PlasticityMonitor(*_BASES):
         if isinstance(self.samples, bool) or not isinstance(self.samples, int) or self.samples < 1:
             raise PlasticityConfigError(
                 f'Expected `samples` to be a whole number of at least 1, but got {self.samples!r}')
+        for name in ('per_layer', 'prog_bar'):
+            if not isinstance(value := getattr(self, name), bool):
+                raise PlasticityConfigError(f'Expected `{name}` to be True or False, but got {value!r}')
         if self.budget is not None:
             Budget(self.budget)
         return Settings(intervals, self.source, self.samples, read_patterns(self.layers), self.per_layer,
