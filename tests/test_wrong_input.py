@@ -22,7 +22,8 @@ UNKNOWN_METRICS = [
     ('erank,grad-mag', 'grad_mag'),
 ]
 WRONG_INTERVALS = ['sometimes', '5 parsecs', '', '0', '-3', '-5 minutes', '0 seconds', '1.5', 'epochs', 'nan', 'inf',
-                   'every 5', '1e400 seconds']
+                   'every 5', '1e400 seconds', '5 months', '1mon', '2 years', '1y', '5 minutes 3 months', '5 mm', 'm',
+                   '1 hour and 5', '1:30 h', '5 minutes -3 s']
 WRONG_SAMPLES = ['0', '-1', '1.5', 'many', '']
 WRONG_SOURCES = ['test', 'Validation', '', 'val']
 
