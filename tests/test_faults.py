@@ -453,8 +453,8 @@ def test_logger_that_raises(tmp_path, capsys):
     assert trainer.global_step == 10
     assert [line['step'] for line in lines] == [step for step, _, _ in good.table()] == list(range(10))
     assert len(bad.calls) == 3
-    out, err = capsys.readouterr()
-    assert out.count('Broken has failed') == 1 and err.count('Traceback') == 1
+    out = capsys.readouterr().out
+    assert out.count('Broken has failed') == 1 and out.count('Traceback') == 1
 
 
 # --- interrupted in the middle -----------------------------------------------

@@ -8,7 +8,7 @@ import pytorch_lightning as pl
 
 from .plasticity_engine.budget import Budget
 from .plasticity_engine.fit import Fit, Settings, read_patterns
-from .plasticity_engine.lightning import say_uncut
+from .plasticity_engine.say import say
 from .plasticity_engine.schedule import Schedule
 from .plasticity_metrics import METRICS, PlasticityConfigError, parse_metrics
 from .plasticity_report import report_command, write_report_script
@@ -199,7 +199,7 @@ class PlasticityMonitor(*_BASES):
     def teardown(self, trainer, pl_module, stage):
         fit, self._fit = self._fit, None
         if fit is not None and (log_dir := fit.end()) is not None:
-            say_uncut(f'To see the plasticity of this run: {report_command(log_dir)}')
+            say(f'To see the plasticity of this run: {report_command(log_dir)}', uncut=True)
 
     # --- checkpoints -------------------------------------------------------
 

@@ -6,7 +6,6 @@ they stand here.
 """
 import math
 import time
-import warnings
 from dataclasses import dataclass, field
 
 from kwutil import util_pattern
@@ -33,6 +32,7 @@ from .measurement import Reading, additive_keys, needing
 from .message import describe
 from .processes import Processes
 from .publisher import Publisher
+from .say import say, warn
 from .sharding import is_sharded
 from .sinks import FILE_NAME, Sinks
 from .sources import STEP_SOURCES
@@ -114,11 +114,11 @@ class Fit:
         if not trainer.is_global_zero:
             return
         if self.sinks.file is None:
-            warnings.warn(f'PlasticityMonitor: no log folder, so {FILE_NAME} is not written', stacklevel=2)
+            warn(f'no log folder, so {FILE_NAME} is not written')
         elif not trainer.loggers:
-            warnings.warn(f'PlasticityMonitor: no logger, so values go to {self.sinks.file.fpath} only', stacklevel=2)
-        print(describe(module, self.metrics, self.agenda.schedules, self._wants,
-                       f'{self.source}, {settings.samples} examples', reason if asks else None))
+            warn(f'no logger, so values go to {self.sinks.file.fpath} only')
+        say(describe(module, self.metrics, self.agenda.schedules, self._wants,
+                     f'{self.source}, {settings.samples} examples', reason if asks else None))
 
     def _check_patterns(self, module):
         names = dict.fromkeys([*weights_of(module), *layer_paths(module)])
@@ -276,7 +276,7 @@ class Fit:
             return None
         missed = [name for name in self.metrics if name not in self.publisher.measured]
         if missed:
-            print(f'PlasticityMonitor: asked for and never measured: {", ".join(missed)}')
+            say(f'PlasticityMonitor: asked for and never measured: {", ".join(missed)}')
         fpath = self.sinks.file and self.sinks.file.fpath
         return fpath.parent if self.publisher.measured and fpath is not None and fpath.exists() else None
 

@@ -9,6 +9,7 @@ from ..plasticity_metrics import BUILT_IN
 from .lightning import steps_of
 from .measurement import Numbers, Reading, additive_keys, derive, evaluate, needed_keys, needing, to_host
 from .processes import contradictions, layout_of
+from .say import say
 
 
 class Publisher:
@@ -121,8 +122,8 @@ class Publisher:
             names = needing(fit.metrics, source, [field])
             gone.update(names)
             if fit.processes.rank == 0:
-                print(f'PlasticityMonitor: {", ".join(names)} differs between processes and will not be measured '
-                      f'any more: {source}.{field} of {why}')
+                say(f'PlasticityMonitor: {", ".join(names)} differs between processes and will not be measured '
+                    f'any more: {source}.{field} of {why}')
         failed = [set(message['failed']) for message in messages]
         # The first of those on which it failed says so.
         fit.faults.say(set().union(*failed[:fit.processes.rank]))

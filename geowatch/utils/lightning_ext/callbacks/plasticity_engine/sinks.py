@@ -4,7 +4,6 @@ Where results go: loggers, what other callbacks watch, and a file with a line fo
 import json
 import math
 import traceback
-import warnings
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 
 from .dashboard import Dashboard, is_tensorboard
 from .lightning import show_in_progress_bar
+from .say import say, warn
 
 FILE_NAME = 'plasticity.jsonl'
 
@@ -86,8 +86,8 @@ class JsonLines:
                 self._waiting = self._waiting[self._waiting.find('\n', -self.most // 2) + 1:]
             if not self._warned:
                 self._warned = True
-                warnings.warn(f'PlasticityMonitor: {self.fpath} cannot be written now ({ex}); training and logging '
-                              'go on, and what was measured is kept and tried again', stacklevel=2)
+                warn(f'{self.fpath} cannot be written now ({ex}); training and logging go on, and what was measured '
+                     'is kept and tried again')
 
     @staticmethod
     def _mend(file):
@@ -126,8 +126,7 @@ class JsonLines:
                     part.write_text(''.join(kept))
                     part.replace(self.fpath)
         except OSError as ex:
-            warnings.warn(f'PlasticityMonitor: lines in {self.fpath} of steps that are trained again stay there '
-                          f'({ex})', stacklevel=2)
+            warn(f'lines in {self.fpath} of steps that are trained again stay there ({ex})')
 
 
 class Loggers:
@@ -169,8 +168,7 @@ class Loggers:
                 write(scalars, step, rows)
             except Exception:
                 self._writers.remove(writer)
-                print(f'PlasticityMonitor: {name} has failed and gets no more of its values:')
-                traceback.print_exc()
+                say(f'PlasticityMonitor: {name} has failed and gets no more of its values:\n{traceback.format_exc()}')
 
 
 def _log_scalars(logger, scalars, step, rows):
@@ -255,6 +253,5 @@ class Sinks:
         beside, self._beside = self._beside, None
         try:
             beside(self.file.fpath.parent)
-        except OSError as ex:
-            warnings.warn(f'PlasticityMonitor: the script for the report could not be written ({ex}); training '
-                          'and logging go on', stacklevel=2)
+        except Exception as ex:
+            warn(f'the script for the report could not be written ({ex}); training and logging go on')

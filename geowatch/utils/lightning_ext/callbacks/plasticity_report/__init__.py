@@ -178,6 +178,9 @@ def write_report_script(log_dir):
     Returns:
         ub.Path: the script, `plasticity_report.sh`
 
+    Raises:
+        OSError: if it cannot be written, or made one that can be run
+
     Example:
         >>> from geowatch.utils.lightning_ext.callbacks.plasticity_report import write_report_script
         >>> import ubelt as ub
@@ -201,9 +204,6 @@ def write_report_script(log_dir):
         import runpy
         runpy.run_module("{__name__}", run_name="__main__", alter_sys=True)
         ' "$(dirname "$0")" "$@"
-        ''') + '\n')
-    try:
-        fpath.chmod('ug+x')
-    except PermissionError as ex:
-        print(f'Unable to change permissions on {fpath}: {ex}')
+        ''') + '\n', encoding='utf-8', errors='surrogateescape')
+    fpath.chmod('ug+x')
     return fpath
