@@ -264,6 +264,11 @@ class Fit:
         self._sources = {}
         self.faults.say()
 
+    def give_up(self):
+        """ What has failed outside of any metric, inside an except block, costs all of them. """
+        self.faults.fail(list(self.metrics))
+        self.looks.look_away()
+
     def end(self):
         """
         Say what was never measured.
@@ -277,8 +282,7 @@ class Fit:
         missed = [name for name in self.metrics if name not in self.publisher.measured]
         if missed:
             say(f'PlasticityMonitor: asked for and never measured: {", ".join(missed)}')
-        fpath = self.sinks.file and self.sinks.file.fpath
-        return fpath.parent if self.publisher.measured and fpath is not None and fpath.exists() else None
+        return self.sinks.folder if self.publisher.measured else None
 
     def state_dict(self):
         """ What a checkpoint needs: plain values. """
@@ -291,7 +295,7 @@ class Fit:
 
     def load_state_dict(self, state):
         """ Go on from a checkpoint, which may be of another version: what cannot be read is left alone. """
-        self._restored = state
+        self._restored = state if isinstance(state, dict) else {}
 
     def _drop_lines_after_checkpoint(self, is_stale):
         """ A run that goes on from a checkpoint measures what came after it once more. """

@@ -225,5 +225,5 @@ def read_memory(saved) -> dict[str, Numbers]:
         return {name: {(source, field): {layer: np.array(x, dtype=float) if isinstance(x, list) else float(x)
                                          for layer, x in own.items()} for source, field, own in tables}
                 for name, tables in saved.items()}
-    except (AttributeError, TypeError, ValueError):
+    except Exception:  # also where it is nested too deep
         return {}

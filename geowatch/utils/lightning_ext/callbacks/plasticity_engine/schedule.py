@@ -140,7 +140,7 @@ class Schedule:
             self.next = following
         if _is_whole(epoch):
             self.epoch = epoch
-        if self.seconds is not None and isinstance(left, (int, float)) and math.isfinite(left):
+        if self.seconds is not None and isinstance(left, float) and math.isfinite(left):
             self._left = left
 
 

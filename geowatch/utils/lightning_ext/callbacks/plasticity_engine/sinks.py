@@ -67,7 +67,8 @@ class JsonLines:
         Args:
             rows (List[dict]): plain data
         """
-        self._waiting += ''.join(json.dumps(row) + '\n' for row in rows)
+        # The words of a user's metric may be anything.
+        self._waiting += ''.join(json.dumps(row, default=str) + '\n' for row in rows)
         try:
             self.fpath.parent.mkdir(parents=True, exist_ok=True)
             # Without a buffer, which would be written once more when the file is closed.
@@ -89,6 +90,14 @@ class JsonLines:
                 warn(f'{self.fpath} cannot be written now ({ex}); training and logging go on, and what was measured '
                      'is kept and tried again')
 
+    @property
+    def is_there(self):
+        """ Whether there is such a file, as far as this process may see. """
+        try:
+            return self.fpath.exists()
+        except OSError:
+            return False
+
     @staticmethod
     def _mend(file):
         """ A killed run may leave half a line, which would spoil the file for all that read it. """
@@ -102,7 +111,7 @@ class JsonLines:
             try:
                 json.loads(text[start:])
                 file.write(b'\n')  # only its end is missing
-            except ValueError:
+            except (ValueError, RecursionError):
                 file.truncate(start)
 
     def drop(self, is_stale):
@@ -115,7 +124,7 @@ class JsonLines:
         def stays(line):
             try:
                 return not is_stale(json.loads(line))
-            except (ValueError, TypeError, KeyError):
+            except (ValueError, TypeError, KeyError, RecursionError):
                 return line.endswith('\n')  # somebody else's
         try:
             if self.fpath.exists():
@@ -234,6 +243,11 @@ class Sinks:
             scalars.update({f'plasticity_layers/{row["metric"]}/{layer}': own['value']
                             for row in rows for layer, own in row['layers'].items()})
         self._loggers.log(scalars, rows[0]['step'], plain_rows if dashboard else ())
+
+    @property
+    def folder(self):
+        """ Path of the file's folder, or None where no file is. """
+        return self.file.fpath.parent if self.file is not None and self.file.is_there else None
 
     def _show_in_bar(self, scalars, step, rows):
         show_in_progress_bar(self._trainer, {row['metric']: scalars[f'plasticity/{row["metric"]}'] for row in rows})
