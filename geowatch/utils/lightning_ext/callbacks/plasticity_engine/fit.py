@@ -277,6 +277,7 @@ class Fit:
             Path | None: the log folder, if there is something in it to see
         """
         self.interrupt()
+        self.sinks.close()
         if not self.trainer.is_global_zero or self.publisher is None:
             return None
         missed = [name for name in self.metrics if name not in self.publisher.measured]

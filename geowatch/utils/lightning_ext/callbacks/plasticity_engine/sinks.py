@@ -39,8 +39,9 @@ class JsonLines:
     A file to which lines of JSON are added, each on disk as soon as it is there.
 
     What cannot be written, since the disk is full or the folder is gone, is
-    kept and tried again with the next lines; one warning says so. Of more than
-    `most` characters the oldest lines are given up.
+    kept and tried again with the next lines, and when the file is closed; one
+    warning says so, and another what is lost in the end. Of more than `most`
+    characters the oldest lines are given up.
 
     Args:
         fpath (str | PathLike):
@@ -89,6 +90,13 @@ class JsonLines:
                 self._warned = True
                 warn(f'{self.fpath} cannot be written now ({ex}); training and logging go on, and what was measured '
                      'is kept and tried again')
+
+    def close(self):
+        """ Try once more to write what is kept. """
+        if self._waiting:
+            self.add([])
+        if self._waiting:
+            warn(f'{self._waiting.count(chr(10))} lines of {self.fpath} could not be written and are lost')
 
     @property
     def is_there(self):
@@ -213,7 +221,8 @@ class Sinks:
     """
 
     def __init__(self, trainer, log_dir, tags, per_layer=False, prog_bar=False, beside=None):
-        self.file = None if log_dir is None else JsonLines(Path(log_dir) / FILE_NAME)
+        # A relative folder is where it was before the run went elsewhere.
+        self.file = None if log_dir is None else JsonLines(Path(log_dir).absolute() / FILE_NAME)
         self._trainer = trainer
         self._loggers = Loggers(trainer.loggers, tags, [('The progress bar', self._show_in_bar)] if prog_bar else [])
         self._per_layer = per_layer
@@ -260,6 +269,11 @@ class Sinks:
         """ Leave out lines of the file, see :meth:`JsonLines.drop`. """
         if self._trainer.is_global_zero and self.file is not None:
             self.file.drop(is_stale)
+
+    def close(self):
+        """ Write what could not be written before. """
+        if self.file is not None:
+            self.file.close()
 
     def _put_beside(self):
         if self._beside is None:
