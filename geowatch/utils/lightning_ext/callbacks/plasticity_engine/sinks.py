@@ -1,6 +1,7 @@
 """
 Where results go: loggers, what other callbacks watch, and a file with a line for each measurement.
 """
+import errno
 import json
 import math
 import traceback
@@ -11,9 +12,12 @@ import torch
 
 from .dashboard import Dashboard, is_tensorboard
 from .lightning import show_in_progress_bar
+from .room import Patient, Room
 from .say import say, warn
 
 FILE_NAME = 'plasticity.jsonl'
+# What others beside us would be told as well.
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 
 
 def plain(number):
@@ -46,6 +50,9 @@ class JsonLines:
     Args:
         fpath (str | PathLike):
 
+    Attributes:
+        found_full (bool): whether the last write failed for want of room
+
     Example:
         >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sinks import JsonLines
         >>> import ubelt as ub
@@ -60,6 +67,7 @@ class JsonLines:
 
     def __init__(self, fpath):
         self.fpath = Path(fpath)
+        self.found_full = False
         self._waiting = ''
         self._warned = False
 
@@ -82,8 +90,9 @@ class JsonLines:
                 except OSError:
                     file.truncate(start)  # half of it would be there twice
                     raise
-            self._waiting = ''
+            self._waiting, self.found_full = '', False
         except OSError as ex:
+            self.found_full = ex.errno in _FULL
             if len(self._waiting) > self.most:
                 self._waiting = self._waiting[self._waiting.find('\n', -self.most // 2) + 1:]
             if not self._warned:
@@ -155,6 +164,7 @@ class Loggers:
         tags (List[str]): what will be logged, for the dashboard of TensorBoard
         more (List[Tuple[str, Callable]]): other writers, each with its name,
             called with (scalars, step, rows)
+        is_full (Callable[[], bool]): whether a file of ours has just found a full disk
 
     Example:
         >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sinks import Loggers
@@ -166,10 +176,16 @@ class Loggers:
         4
     """
 
-    def __init__(self, loggers, tags=(), more=()):
-        self._writers = [(type(logger).__name__, partial(_log_scalars, logger)) for logger in loggers]
-        self._writers += [(f'The dashboard of {type(logger).__name__}', Dashboard(logger, tags).log)
-                          for logger in loggers if is_tensorboard(logger)]
+    def __init__(self, loggers, tags=(), more=(), is_full=lambda: False):
+        self._writers = []
+        for logger in loggers:
+            name, write = type(logger).__name__, partial(_log_scalars, logger)
+            if is_tensorboard(logger):
+                room, settle = Room(logger.save_dir, is_full), partial(_flush, logger)
+                dashboard = Patient(Dashboard(logger, tags).log, settle, room, most=1)
+                self._writers += [(name, Patient(write, settle, room)), (f'The dashboard of {name}', dashboard)]
+            else:
+                self._writers.append((name, write))
         self._writers += more
 
     def log(self, scalars, step, rows=()):
@@ -179,10 +195,21 @@ class Loggers:
             step (int): on the x-axis
             rows (List[dict]): the same with the layers, as in plasticity.jsonl
         """
-        for writer in list(self._writers):
+        self._each(lambda write: write(scalars, step, rows))
+
+    def close(self):
+        """ Write what waits for room, if there is some now. """
+        patient = [(name, write) for name, write in self._writers if isinstance(write, Patient)]
+        self._each(Patient.try_again, patient)
+        for name, write in patient:
+            if write.waiting:
+                warn(f'{name} has not got the last {len(write.waiting)} measurements: there was no room')
+
+    def _each(self, call, writers=None):
+        for writer in list(self._writers if writers is None else writers):
             name, write = writer
             try:
-                write(scalars, step, rows)
+                call(write)
             except Exception:
                 self._writers.remove(writer)
                 say(f'PlasticityMonitor: {name} has failed and gets no more of its values:\n{traceback.format_exc()}')
@@ -190,6 +217,10 @@ class Loggers:
 
 def _log_scalars(logger, scalars, step, rows):
     logger.log_metrics(scalars, step=step)
+
+
+def _flush(logger):
+    logger.experiment.flush()
 
 
 class Sinks:
@@ -224,7 +255,8 @@ class Sinks:
         # A relative folder is where it was before the run went elsewhere.
         self.file = None if log_dir is None else JsonLines(Path(log_dir).absolute() / FILE_NAME)
         self._trainer = trainer
-        self._loggers = Loggers(trainer.loggers, tags, [('The progress bar', self._show_in_bar)] if prog_bar else [])
+        self._loggers = Loggers(trainer.loggers, tags, [('The progress bar', self._show_in_bar)] if prog_bar else [],
+                                lambda: self.file is not None and self.file.found_full)
         self._per_layer = per_layer
         self._beside = beside
         self.watched = {}  # what other callbacks can watch, since Lightning forgets it after the sanity check
@@ -274,6 +306,7 @@ class Sinks:
         """ Write what could not be written before. """
         if self.file is not None:
             self.file.close()
+        self._loggers.close()
 
     def _put_beside(self):
         if self._beside is None:
