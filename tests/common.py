@@ -4,6 +4,7 @@ What several tests share: a small network, a run of it, and independent values.
 import contextlib
 import copy
 import json
+import os
 import warnings
 from pathlib import Path
 
@@ -130,7 +131,7 @@ def fit(tmp_path, monitor, net=None, validate=True, n=37, batch_size=8, package=
 
 def read_lines(trainer, start=False):
     """ The lines of plasticity.jsonl, as strict JSON, which knows no NaN; of the untrained network only if asked. """
-    if trainer.log_dir is None or not (fpath := Path(trainer.log_dir) / 'plasticity.jsonl').exists():
+    if trainer.log_dir is None or not os.path.exists(fpath := Path(trainer.log_dir) / 'plasticity.jsonl'):
         return []
 
     def refuse(text):

@@ -387,6 +387,40 @@ def test_folder_that_can_be_written_again(tmp_path):
     assert [json.loads(line)['step'] for line in lines] == list(range(-1, 10))
 
 
+class Frees(Callback):
+    """ Makes room when training is over, after our last line. """
+
+    def __init__(self, blocker):
+        self.blocker = blocker
+
+    def on_train_end(self, trainer, module):
+        self.blocker.unlink()
+
+
+def test_folder_that_can_be_written_when_training_is_over(tmp_path):
+    blocker = tmp_path / 'file'
+    blocker.write_text('')
+    with pytest.warns(UserWarning, match='cannot be written'):
+        fit(tmp_path, PlasticityMonitor('weight_mag@1'), logger=Recorder(blocker / 'logs'), callbacks=[Frees(blocker)])
+    lines = (blocker / 'logs' / 'plasticity.jsonl').read_text().splitlines()
+    assert [json.loads(line)['step'] for line in lines] == list(range(-1, 10))
+
+
+def test_what_is_lost_in_the_end_is_said(tmp_path):
+    with pytest.warns(UserWarning, match='11 lines of .*plasticity.jsonl could not be written and are lost'):
+        fit(tmp_path, PlasticityMonitor('weight_mag@1'), logger=Recorder(in_the_way(tmp_path)))
+
+
+def test_a_relative_folder_stays_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'elsewhere').mkdir()
+    fit('.', PlasticityMonitor('weight_mag@1'), logger=Recorder('logs'),
+        callbacks=[Steps(4, lambda: os.chdir('elsewhere'))])
+    lines = (tmp_path / 'logs' / 'plasticity.jsonl').read_text().splitlines()
+    assert [json.loads(line)['step'] for line in lines] == list(range(-1, 10))
+    assert not list((tmp_path / 'elsewhere').iterdir())
+
+
 def test_disk_that_is_full(tmp_path):
     # A limit of the process, under which a write stops half-way as on a full disk.
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -453,8 +487,8 @@ def test_logger_that_raises(tmp_path, capsys):
     assert trainer.global_step == 10
     assert [line['step'] for line in lines] == [step for step, _, _ in good.table()] == list(range(10))
     assert len(bad.calls) == 3
-    out, err = capsys.readouterr()
-    assert out.count('Broken has failed') == 1 and err.count('Traceback') == 1
+    out = capsys.readouterr().out
+    assert out.count('Broken has failed') == 1 and out.count('Traceback') == 1
 
 
 # --- interrupted in the middle -----------------------------------------------
@@ -631,7 +665,8 @@ def test_layers_that_change_in_mid_run(tmp_path, source):
         assert [set(line['layers']) for line in lines_of(lines, tag)] == (
             [{'fc2', 'head'}] * 5 + [{'fc1', 'fc2', 'head.0', 'head.2'}] * 5)
     for tag in ACTIVATIONS:
-        assert len(lines_of(lines, tag)[0]['layers']) == 2 and len(last(lines, tag)['layers']) == 3
+        # In front of the first trained layer there is no hidden one.
+        assert len(lines_of(lines, tag)[0]['layers']) == 1 and len(last(lines, tag)['layers']) == 3
 
 
 def prune(net):

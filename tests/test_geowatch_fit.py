@@ -7,6 +7,7 @@ import subprocess
 import sys
 from importlib.metadata import distribution
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -207,6 +208,37 @@ def test_unknown_metric_exits_with_2(tmp_path):
     assert code == 2
     assert "Did you mean 'weight_mag'" in output
     assert 'Traceback' not in output
+
+
+@pytest.mark.parametrize('value, said', [('erank', 'expected PlasticityMonitor once'), (
+    'erank@sometimes', 'Expected an interval')])
+def test_flags_beside_the_callback_in_the_config(value, said, monkeypatch, capsys):
+    """ One error and code 2, where the trainer is made. """
+    import pytorch_lightning as pl
+
+    from geowatch.cli import fit
+    from geowatch.utils.lightning_ext.callbacks.plasticity import PlasticityMonitor
+
+    def main():
+        pl.Trainer(accelerator='cpu', logger=False, callbacks=[PlasticityMonitor('weight_mag'), PlasticityMonitor()])
+    monkeypatch.setattr(fit, '_import_host', lambda: SimpleNamespace(main=main))
+    with pytest.raises(SystemExit) as info:
+        fit.FitCLI.main(cmdline=['--config=a.yaml', f'--plasticity_metrics={value}'])
+    assert info.value.code == 2
+    (complaint,) = capsys.readouterr().err.splitlines()
+    assert said in complaint
+
+
+@pytest.mark.parametrize('error', [RuntimeError('found more than one device'), ValueError('PlasticityMonitor')])
+def test_other_errors_of_the_host_are_its_own(error, monkeypatch):
+    from geowatch.cli import fit
+
+    def main():
+        raise error
+    monkeypatch.setattr(fit, '_import_host', lambda: SimpleNamespace(main=main))
+    with pytest.raises(type(error)) as info:
+        fit.FitCLI.main(cmdline=['--plasticity_metrics=erank'])
+    assert info.value is error
 
 
 # --- an overlay ----------------------------------------------------------------

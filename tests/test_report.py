@@ -146,7 +146,7 @@ def test_settings_of_lightning_cli_and_of_hparams(tmp_path):
     '''))
     b = write_run(tmp_path / 'b', [line('erank', 9, 5.0)], learning_rate=0.1, batch_size=4, optimizer='SGD')
     runs = load_runs([a, b])[0]
-    columns = compared_settings(runs)
+    columns, _ = compared_settings(runs)
     assert columns['learning rate'] == [0.001, 0.1]
     assert columns['batch size'] == [4, 4]
     assert columns['optimizer'] == ['AdamW', 'SGD']
@@ -390,14 +390,21 @@ def test_broken_runs_still_get_a_report(tmp_path):
 
 @drawing
 def test_the_script_reports_on_its_run_also_after_a_move(tmp_path):
-    folder = write_run(tmp_path / 'my runs' / 'a', [line('erank', 9 + k, 5.0 - k, {'a': 5.0 - k}) for k in range(3)])
+    lines = [line('erank', 9 + k, 5.0 - k, {'a': 5.0 - k}) for k in range(3)]
+    folder = write_run(tmp_path / 'my runs' / 'größe', lines)
     fpath = write_report_script(folder)
     assert os.access(fpath, os.X_OK)
     moved = shutil.move(tmp_path / 'my runs', tmp_path / "else where's")
-    script = [moved / 'a' / fpath.name, '--under=none']
-    done = subprocess.run(script, capture_output=True, text=True, cwd=tmp_path)
+    # Whatever else lies in the folder, in which people start it, is not run, and a terminal may know few letters.
+    moved = moved / 'größe'
+    for trap in (moved / 'geowatch' / '__init__.py', moved / 'runpy.py', moved / 'json.py'):
+        trap.parent.mkdir(exist_ok=True)
+        trap.write_text('raise SystemExit("from the folder of the run")')
+    done = subprocess.run([f'./{fpath.name}', '--under=none'], capture_output=True, text=True, cwd=moved,
+                          env={**os.environ, 'PYTHONIOENCODING': 'ascii'})
     assert done.returncode == 0, done.stderr
-    assert (moved / 'a' / 'monitor' / 'plasticity' / 'report.html').exists()
+    assert '- gr??e: ' in done.stdout
+    assert (moved / 'monitor' / 'plasticity' / 'report.html').exists()
 
 
 def test_the_command_can_be_pasted_into_a_shell(tmp_path):

@@ -9,6 +9,7 @@ from common import TAGS, Net, Recorder, feature_values, fit, lines_of, make_data
 from torch.utils.data import DataLoader, IterableDataset
 
 from geowatch.utils.lightning_ext.callbacks.plasticity import PlasticityMonitor
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine.schedule import Schedule
 
 WEIGHTS = ('weight_mag', 'erank')
 GRADIENTS = ('grad_mag', 'grad_norm')
@@ -211,3 +212,11 @@ def test_what_was_never_measured_is_said(tmp_path, capsys):
     captured = capsys.readouterr()
     (said,) = [line for line in (captured.out + captured.err).splitlines() if 'never measured' in line]
     assert 'dead_units' in said and 'weight_mag' not in said
+
+
+@pytest.mark.parametrize('text, seconds', [
+    ('5m', 300), ('5 M', 300), ('5min', 300), ('5 mins', 300), ('5minutes', 300), ('0.5 minute', 30), ('1h', 3600),
+    ('1h30m', 5400), ('1 hour, 30 minutes', 5400), ('1 hour 5 minutes', 3900), ('2 days', 172800), ('1w', 604800),
+    ('1e2 s', 100), ('250ms', 0.25)])
+def test_durations(text, seconds):
+    assert Schedule(text).seconds == pytest.approx(seconds)

@@ -22,7 +22,8 @@ UNKNOWN_METRICS = [
     ('erank,grad-mag', 'grad_mag'),
 ]
 WRONG_INTERVALS = ['sometimes', '5 parsecs', '', '0', '-3', '-5 minutes', '0 seconds', '1.5', 'epochs', 'nan', 'inf',
-                   'every 5', '1e400 seconds']
+                   'every 5', '1e400 seconds', '5 months', '1mon', '2 years', '1y', '5 minutes 3 months', '5 mm', 'm',
+                   '1 hour and 5', '1:30 h', '5 minutes -3 s']
 WRONG_SAMPLES = ['0', '-1', '1.5', 'many', '']
 WRONG_SOURCES = ['test', 'Validation', '', 'val']
 
@@ -96,6 +97,12 @@ def test_wrong_source(source):
 def test_wrong_layers(layers):
     text = message(layers=layers)
     assert 'layers' in text and repr(layers) in text
+
+
+@pytest.mark.parametrize('name', ['per_layer', 'prog_bar'])
+@pytest.mark.parametrize('value', ['maybe', 'True', None, 1])
+def test_wrong_switches(name, value):
+    assert message(**{name: value}) == f'Expected `{name}` to be True or False, but got {value!r}'
 
 
 @pytest.mark.parametrize('kwargs', [

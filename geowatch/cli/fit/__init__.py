@@ -141,6 +141,12 @@ class FitCLI(scfg.DataConfig):
             try:
                 # Its result is no exit status: the `geowatch` script would exit with 1.
                 _import_host().main()
+            except RuntimeError as ex:
+                # What Lightning says of two callbacks of one class.
+                if 'more than one' not in str(ex) or CALLBACK.rpartition('.')[2] not in str(ex):
+                    raise
+                _error('expected PlasticityMonitor once, but got it from the config and from --plasticity_* flags. '
+                       'Set its arguments in the config, or take it out of there and give all of them as flags')
             finally:
                 sys.argv = argv
         finally:

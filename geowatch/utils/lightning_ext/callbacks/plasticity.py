@@ -4,11 +4,13 @@ A Lightning callback that shows whether a network loses its ability to learn.
 This file reads the settings and hands the hooks of Lightning on; what is
 measured is in :mod:`.plasticity_metrics`, and how in :mod:`.plasticity_engine`.
 """
+import traceback
+
 import pytorch_lightning as pl
 
 from .plasticity_engine.budget import Budget
 from .plasticity_engine.fit import Fit, Settings, read_patterns
-from .plasticity_engine.lightning import say_uncut
+from .plasticity_engine.say import say
 from .plasticity_engine.schedule import Schedule
 from .plasticity_metrics import METRICS, PlasticityConfigError, parse_metrics
 from .plasticity_report import report_command, write_report_script
@@ -121,6 +123,9 @@ class PlasticityMonitor(*_BASES):
         if isinstance(self.samples, bool) or not isinstance(self.samples, int) or self.samples < 1:
             raise PlasticityConfigError(
                 f'Expected `samples` to be a whole number of at least 1, but got {self.samples!r}')
+        for name in ('per_layer', 'prog_bar'):
+            if not isinstance(value := getattr(self, name), bool):
+                raise PlasticityConfigError(f'Expected `{name}` to be True or False, but got {value!r}')
         if self.budget is not None:
             Budget(self.budget)
         return Settings(intervals, self.source, self.samples, read_patterns(self.layers), self.per_layer,
@@ -136,76 +141,78 @@ class PlasticityMonitor(*_BASES):
         from kwutil import util_environ
         if stage == 'fit':
             is_off = util_environ.envflag('DISABLE_PLASTICITY_MONITOR')
-            self._fit = None if is_off else Fit(self._settings, trainer, write_report_script)
+            self._fit = None
+            if not is_off:
+                try:
+                    self._fit = Fit(self._settings, trainer, write_report_script)
+                except Exception:
+                    say(f'PlasticityMonitor: nothing is measured, since it has failed:\n{traceback.format_exc()}')
+
+    def _hand_over(self, method, *args):
+        """ Call a method of the fit, if there is one; what fails in it costs what it measures, and not the run. """
+        if self._fit is not None:
+            try:
+                return method(self._fit, *args)
+            except PlasticityConfigError:
+                raise  # before training
+            except Exception:
+                self._fit.give_up()
 
     def on_fit_start(self, trainer, pl_module):
-        if self._fit is not None:
-            self._fit.begin(pl_module)
+        self._hand_over(Fit.begin, pl_module)
 
     def on_train_start(self, trainer, pl_module):
-        if self._fit is not None:
-            self._fit.start_training(pl_module)
+        self._hand_over(Fit.start_training, pl_module)
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if self._fit is not None:
-            self._fit.begin_batch(pl_module, batch, batch_idx)
+        self._hand_over(Fit.begin_batch, pl_module, batch, batch_idx)
 
     def on_before_backward(self, trainer, pl_module, loss):
-        if self._fit is not None:
-            self._fit.end_forward(pl_module)
+        self._hand_over(Fit.end_forward, pl_module)
 
     # Which comes first where gradients are not accumulated; it calls torch twice for each parameter.
     on_before_zero_grad = on_before_backward
 
     def on_after_backward(self, trainer, pl_module):
-        if self._fit is not None:
-            self._fit.end_backward(pl_module)
+        self._hand_over(Fit.end_backward, pl_module)
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        if self._fit is not None:
-            self._fit.before_step(pl_module, optimizer)
+        self._hand_over(Fit.before_step, pl_module, optimizer)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if self._fit is not None:
-            self._fit.end_batch(pl_module, batch, batch_idx)
+        self._hand_over(Fit.end_batch, pl_module, batch, batch_idx)
 
     def on_train_epoch_end(self, trainer, pl_module):
-        if self._fit is not None:
-            self._fit.end_epoch()
+        self._hand_over(Fit.end_epoch)
 
     def on_validation_start(self, trainer, pl_module):
-        if self._fit is not None:
-            self._fit.begin_validation()
+        self._hand_over(Fit.begin_validation)
 
     def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
-        if self._fit is not None:
-            self._fit.begin_validation_batch(pl_module, batch, batch_idx, dataloader_idx)
+        self._hand_over(Fit.begin_validation_batch, pl_module, batch, batch_idx, dataloader_idx)
 
     def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
-        if self._fit is not None:
-            self._fit.end_validation_batch(batch)
+        self._hand_over(Fit.end_validation_batch, batch)
 
     def on_validation_epoch_end(self, trainer, pl_module):
-        if self._fit is not None:
-            self._fit.end_validation()
+        self._hand_over(Fit.end_validation)
 
     def on_exception(self, trainer, pl_module, exception):
-        if self._fit is not None:
-            self._fit.interrupt()
+        self._hand_over(Fit.interrupt)
 
     def teardown(self, trainer, pl_module, stage):
-        fit, self._fit = self._fit, None
-        if fit is not None and (log_dir := fit.end()) is not None:
-            say_uncut(f'To see the plasticity of this run: {report_command(log_dir)}')
+        log_dir = self._hand_over(Fit.end)
+        self._fit = None
+        if log_dir is not None:
+            say(f'To see the plasticity of this run: {report_command(log_dir)}', uncut=True)
 
     # --- checkpoints -------------------------------------------------------
 
     def state_dict(self):
-        return {} if self._fit is None else self._fit.state_dict()
+        return self._hand_over(Fit.state_dict) or {}
 
     def load_state_dict(self, state_dict):
-        if self._fit is not None:
-            self._fit.load_state_dict(state_dict)
+        self._hand_over(Fit.load_state_dict, state_dict)
 
 
 def _table_of_tags():

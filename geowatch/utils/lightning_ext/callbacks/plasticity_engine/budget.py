@@ -106,8 +106,10 @@ class Budget:
         pace = max(seconds - total, 1e-9) / max(steps, 1)
         costs = {name: spent.get(name, 0.) / count for name, count in numbers['counts'].items() if name in asked}
         parts = fair_parts(self.share, {name: cost / (asked[name] * pace) for name, cost in costs.items()})
-        waits = {name: ((spent.get(name, 0.) + cost) / parts[name] - seconds) / pace for name, cost in costs.items()}
-        return total / seconds, {name: max(1, math.ceil(wait)) for name, wait in waits.items()}
+        # A part may be too small to divide by: then it is never.
+        waits = {name: ((spent.get(name, 0.) + cost) / max(parts[name], 1e-200) - seconds) / pace
+                 for name, cost in costs.items()}
+        return total / seconds, {name: math.ceil(min(max(wait, 1), 1e15)) for name, wait in waits.items()}
 
 
 def fair_parts(budget, needs):

@@ -4,6 +4,8 @@ What fails is a fault of ours: it costs the metrics that need it, with one trace
 import contextlib
 import traceback
 
+from .say import say
+
 
 class Faults:
     """
@@ -53,14 +55,14 @@ class Faults:
         text = (f'PlasticityMonitor: {", ".join(names)} failed and will not be measured any more:\n'
                 f'{traceback.format_exc()}')
         if self._rank == 0:
-            print(text)
+            say(text)
         # What fails on all processes is said once: others wait until they know.
         self.failed.update(dict.fromkeys(names, '' if self._rank == 0 else text))
 
     def say(self, said=()):
         """ Say what has not been said, but for some metrics of which others do. """
         for text in {text for name, text in self.failed.items() if text and name not in said}:
-            print(text)
+            say(text)
         self.failed = dict.fromkeys(self.failed, '')
 
     def spending(self, names):

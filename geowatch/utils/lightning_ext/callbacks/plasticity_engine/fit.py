@@ -6,7 +6,6 @@ they stand here.
 """
 import math
 import time
-import warnings
 from dataclasses import dataclass, field
 
 from kwutil import util_pattern
@@ -33,6 +32,7 @@ from .measurement import Reading, additive_keys, needing
 from .message import describe, grouped
 from .processes import Processes
 from .publisher import Publisher
+from .say import say, warn
 from .sharding import is_sharded
 from .sinks import FILE_NAME, Sinks
 from .sources import STEP_SOURCES
@@ -119,11 +119,11 @@ class Fit:
         if not trainer.is_global_zero:
             return
         if self.sinks.file is None:
-            warnings.warn(f'PlasticityMonitor: no log folder, so {FILE_NAME} is not written', stacklevel=2)
+            warn(f'no log folder, so {FILE_NAME} is not written')
         elif not trainer.loggers:
-            warnings.warn(f'PlasticityMonitor: no logger, so values go to {self.sinks.file.fpath} only', stacklevel=2)
-        print(describe(module, self._trained.look(module), self.metrics, self.agenda.schedules, self._wants,
-                       f'{self.source}, {settings.samples} examples', reason if asks else None))
+            warn(f'no logger, so values go to {self.sinks.file.fpath} only')
+        say(describe(module, self._trained.look(module), self.metrics, self.agenda.schedules, self._wants,
+                     f'{self.source}, {settings.samples} examples', reason if asks else None))
 
     def _check_patterns(self, module):
         weights = weights_of(module, self._trained.look(module))
@@ -279,7 +279,7 @@ class Fit:
             self._wake = 0
             self.agenda.look_at_training(self._of_activations())
             if self.trainer.is_global_zero:
-                print('PlasticityMonitor: validation ran no hidden layer, so activations are seen in training')
+                say('PlasticityMonitor: validation ran no hidden layer, so activations are seen in training')
 
     # --- the end --------------------------------------------------------------------------
 
@@ -291,6 +291,11 @@ class Fit:
         self._sources = {}
         self.faults.say()
 
+    def give_up(self):
+        """ What has failed outside of any metric, inside an except block, costs all of them. """
+        self.faults.fail(list(self.metrics))
+        self.looks.look_away()
+
     def end(self):
         """
         Say what was never measured.
@@ -299,14 +304,14 @@ class Fit:
             Path | None: the log folder, if there is something in it to see
         """
         self.interrupt()
+        self.sinks.close()
         if not self.trainer.is_global_zero or self.publisher is None:
             return None
         missed = [name for name in self.metrics if name not in self.publisher.measured]
         if missed:
             why = self.looks.why_nothing() if set(missed) & set(self._of_activations()) else None
-            print(f'PlasticityMonitor: asked for and never measured: {", ".join(missed)}' + (why and f' ({why})' or ''))
-        fpath = self.sinks.file and self.sinks.file.fpath
-        return fpath.parent if self.publisher.measured and fpath is not None and fpath.exists() else None
+            say(f'PlasticityMonitor: asked for and never measured: {", ".join(missed)}' + (why and f' ({why})' or ''))
+        return self.sinks.folder if self.publisher.measured else None
 
     def state_dict(self):
         """ What a checkpoint needs: plain values. """
@@ -319,7 +324,7 @@ class Fit:
 
     def load_state_dict(self, state):
         """ Go on from a checkpoint, which may be of another version: what cannot be read is left alone. """
-        self._restored = state
+        self._restored = state if isinstance(state, dict) else {}
 
     def _drop_lines_after_checkpoint(self, is_stale):
         """ A run that goes on from a checkpoint measures what came after it once more. """
@@ -340,7 +345,7 @@ class Fit:
                    if path not in self._said and why not in FUSED_FUNCTIONS}  # those are named at the start
         self._said.update(reasons)
         if reasons and self.trainer.is_global_zero:
-            print(f'PlasticityMonitor: not seen: {"; ".join(grouped(reasons))}')
+            say(f'PlasticityMonitor: not seen: {"; ".join(grouped(reasons))}')
 
     # --- what is due ----------------------------------------------------------------------
 

@@ -5,7 +5,6 @@ The one file that knows the attributes of Lightning that its callbacks have no
 other way to learn.
 """
 import math
-import sys
 from typing import NamedTuple
 
 import torch
@@ -145,12 +144,3 @@ def show_in_progress_bar(trainer, values):
     for name, value in values.items():
         is_free = isinstance(shown.get(name, _InBar()), _InBar)
         shown[name if is_free else f'plasticity/{name}'] = _InBar(value)
-
-
-def say_uncut(line):
-    """ While rich's progress bar is on it breaks what is printed into lines, and a command could not be pasted. """
-    console = getattr(sys.stdout, '_FileProxy__console', None)
-    if console is None:
-        print(line)
-    else:
-        console.print(line, soft_wrap=True, markup=False, highlight=False)

@@ -9,6 +9,7 @@ from ..plasticity_metrics import BUILT_IN
 from .lightning import steps_of
 from .measurement import Numbers, Reading, additive_keys, derive, evaluate, needed_keys, needing, to_host
 from .processes import contradictions, layout_of
+from .say import say
 
 
 class Publisher:
@@ -122,8 +123,8 @@ class Publisher:
             names = needing(fit.metrics, source, [field])
             gone.update(names)
             if fit.processes.rank == 0:
-                print(f'PlasticityMonitor: {", ".join(names)} differs between processes and will not be measured '
-                      f'any more: {source}.{field} of {why}')
+                say(f'PlasticityMonitor: {", ".join(names)} differs between processes and will not be measured '
+                    f'any more: {source}.{field} of {why}')
         failed = [set(message['failed']) for message in messages]
         # The first of those on which it failed says so.
         fit.faults.say(set().union(*failed[:fit.processes.rank]))
@@ -225,5 +226,5 @@ def read_memory(saved) -> dict[str, Numbers]:
         return {name: {(source, field): {layer: np.array(x, dtype=float) if isinstance(x, list) else float(x)
                                          for layer, x in own.items()} for source, field, own in tables}
                 for name, tables in saved.items()}
-    except (AttributeError, TypeError, ValueError):
+    except Exception:  # also where it is nested too deep
         return {}

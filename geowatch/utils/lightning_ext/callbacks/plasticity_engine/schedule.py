@@ -2,9 +2,15 @@
 When a metric is due: every so many steps, at the end of each epoch, or every so much time.
 """
 import math
+import re
 
 from ..plasticity_metrics._errors import PlasticityConfigError
 
+# Seconds, by what people write. Not months and years, whose length is not one number, and of which m could be one.
+_UNITS = {name: seconds for seconds, names in {
+    1e-3: 'ms millisecond milliseconds', 1.: 's sec secs second seconds', 60.: 'm min mins minute minutes',
+    3600.: 'h hr hrs hour hours', 86400.: 'd day days', 604800.: 'w week weeks'}.items() for name in names.split()}
+_DURATION = re.compile(r'(\d+(?:\.\d+)?(?:e-?\d+)?) *([a-z]+)')
 
 class Schedule:
     """
@@ -17,8 +23,9 @@ class Schedule:
 
     Args:
         interval (int | str): a number of optimizer steps, 'epoch' (the last
-            step of each epoch), or a duration such as '5 minutes'. An epoch
-            that the interval would skip is measured at its last step.
+            step of each epoch), or a duration such as '5 minutes', '5m' or
+            '1 hour 30 minutes'. An epoch that the interval would skip is
+            measured at its last step.
         early (bool): if True, once per epoch is due at its first step, for
             what is seen over all of it
 
@@ -63,7 +70,7 @@ class Schedule:
         if not valid or isinstance(interval, bool):
             raise PlasticityConfigError(
                 "Expected an interval to be a positive number of steps, 'epoch', 'auto', "
-                f"or a duration such as '5 minutes', but got {interval!r}")
+                f"or a duration such as '5 minutes' or '2 days', but got {interval!r}")
         self.next = math.inf if self.steps is None else self.steps - 1
         self.epoch = None
         self.not_before = 0
@@ -133,7 +140,7 @@ class Schedule:
             self.next = following
         if _is_whole(epoch):
             self.epoch = epoch
-        if self.seconds is not None and isinstance(left, (int, float)) and math.isfinite(left):
+        if self.seconds is not None and isinstance(left, float) and math.isfinite(left):
             self._left = left
 
 
@@ -142,13 +149,12 @@ def _is_whole(number):
 
 
 def _seconds(text):
-    from kwutil import util_time
-    if not text[:1].isdigit() or not text[-1:].isalpha():
-        return None  # kwutil reads '' and a bare number as seconds
-    try:
-        return util_time.timedelta.coerce(text).total_seconds()
-    except Exception:  # it raises plain Exception for what it cannot read
+    # Not by kwutil, which takes '5m' for five months and '1 hour 5 minutes' for 300 hours.
+    text = text.lower()
+    parts = _DURATION.findall(text)
+    if not re.fullmatch(rf'({_DURATION.pattern}[ ,]*)+', text) or not all(unit in _UNITS for _, unit in parts):
         return None
+    return sum(float(number) * _UNITS[unit] for number, unit in parts)
 
 
 class Poll:

@@ -1,10 +1,10 @@
 """
 Where results go: loggers, what other callbacks watch, and a file with a line for each measurement.
 """
+import errno
 import json
 import math
 import traceback
-import warnings
 from functools import partial
 from pathlib import Path
 
@@ -12,8 +12,12 @@ import torch
 
 from .dashboard import Dashboard, is_tensorboard
 from .lightning import show_in_progress_bar
+from .room import Patient, Room
+from .say import say, warn
 
 FILE_NAME = 'plasticity.jsonl'
+# What others beside us would be told as well.
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 
 
 def plain(number):
@@ -39,11 +43,15 @@ class JsonLines:
     A file to which lines of JSON are added, each on disk as soon as it is there.
 
     What cannot be written, since the disk is full or the folder is gone, is
-    kept and tried again with the next lines; one warning says so. Of more than
-    `most` characters the oldest lines are given up.
+    kept and tried again with the next lines, and when the file is closed; one
+    warning says so, and another what is lost in the end. Of more than `most`
+    characters the oldest lines are given up.
 
     Args:
         fpath (str | PathLike):
+
+    Attributes:
+        found_full (bool): whether the last write failed for want of room
 
     Example:
         >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sinks import JsonLines
@@ -59,6 +67,7 @@ class JsonLines:
 
     def __init__(self, fpath):
         self.fpath = Path(fpath)
+        self.found_full = False
         self._waiting = ''
         self._warned = False
 
@@ -67,7 +76,8 @@ class JsonLines:
         Args:
             rows (List[dict]): plain data
         """
-        self._waiting += ''.join(json.dumps(row) + '\n' for row in rows)
+        # The words of a user's metric may be anything.
+        self._waiting += ''.join(json.dumps(row, default=str) + '\n' for row in rows)
         try:
             self.fpath.parent.mkdir(parents=True, exist_ok=True)
             # Without a buffer, which would be written once more when the file is closed.
@@ -80,14 +90,30 @@ class JsonLines:
                 except OSError:
                     file.truncate(start)  # half of it would be there twice
                     raise
-            self._waiting = ''
+            self._waiting, self.found_full = '', False
         except OSError as ex:
+            self.found_full = ex.errno in _FULL
             if len(self._waiting) > self.most:
                 self._waiting = self._waiting[self._waiting.find('\n', -self.most // 2) + 1:]
             if not self._warned:
                 self._warned = True
-                warnings.warn(f'PlasticityMonitor: {self.fpath} cannot be written now ({ex}); training and logging '
-                              'go on, and what was measured is kept and tried again', stacklevel=2)
+                warn(f'{self.fpath} cannot be written now ({ex}); training and logging go on, and what was measured '
+                     'is kept and tried again')
+
+    def close(self):
+        """ Try once more to write what is kept. """
+        if self._waiting:
+            self.add([])
+        if self._waiting:
+            warn(f'{self._waiting.count(chr(10))} lines of {self.fpath} could not be written and are lost')
+
+    @property
+    def is_there(self):
+        """ Whether there is such a file, as far as this process may see. """
+        try:
+            return self.fpath.exists()
+        except OSError:
+            return False
 
     @staticmethod
     def _mend(file):
@@ -102,7 +128,7 @@ class JsonLines:
             try:
                 json.loads(text[start:])
                 file.write(b'\n')  # only its end is missing
-            except ValueError:
+            except (ValueError, RecursionError):
                 file.truncate(start)
 
     def drop(self, is_stale):
@@ -115,7 +141,7 @@ class JsonLines:
         def stays(line):
             try:
                 return not is_stale(json.loads(line))
-            except (ValueError, TypeError, KeyError):
+            except (ValueError, TypeError, KeyError, RecursionError):
                 return line.endswith('\n')  # somebody else's
         try:
             if self.fpath.exists():
@@ -126,8 +152,7 @@ class JsonLines:
                     part.write_text(''.join(kept))
                     part.replace(self.fpath)
         except OSError as ex:
-            warnings.warn(f'PlasticityMonitor: lines in {self.fpath} of steps that are trained again stay there '
-                          f'({ex})', stacklevel=2)
+            warn(f'lines in {self.fpath} of steps that are trained again stay there ({ex})')
 
 
 class Loggers:
@@ -139,6 +164,7 @@ class Loggers:
         tags (List[str]): what will be logged, for the dashboard of TensorBoard
         more (List[Tuple[str, Callable]]): other writers, each with its name,
             called with (scalars, step, rows)
+        is_full (Callable[[], bool]): whether a file of ours has just found a full disk
 
     Example:
         >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sinks import Loggers
@@ -150,10 +176,16 @@ class Loggers:
         4
     """
 
-    def __init__(self, loggers, tags=(), more=()):
-        self._writers = [(type(logger).__name__, partial(_log_scalars, logger)) for logger in loggers]
-        self._writers += [(f'The dashboard of {type(logger).__name__}', Dashboard(logger, tags).log)
-                          for logger in loggers if is_tensorboard(logger)]
+    def __init__(self, loggers, tags=(), more=(), is_full=lambda: False):
+        self._writers = []
+        for logger in loggers:
+            name, write = type(logger).__name__, partial(_log_scalars, logger)
+            if is_tensorboard(logger):
+                room, settle = Room(logger.save_dir, is_full), partial(_flush, logger)
+                dashboard = Patient(Dashboard(logger, tags).log, settle, room, most=1)
+                self._writers += [(name, Patient(write, settle, room)), (f'The dashboard of {name}', dashboard)]
+            else:
+                self._writers.append((name, write))
         self._writers += more
 
     def log(self, scalars, step, rows=()):
@@ -163,18 +195,32 @@ class Loggers:
             step (int): on the x-axis
             rows (List[dict]): the same with the layers, as in plasticity.jsonl
         """
-        for writer in list(self._writers):
+        self._each(lambda write: write(scalars, step, rows))
+
+    def close(self):
+        """ Write what waits for room, if there is some now. """
+        patient = [(name, write) for name, write in self._writers if isinstance(write, Patient)]
+        self._each(Patient.try_again, patient)
+        for name, write in patient:
+            if write.waiting:
+                warn(f'{name} has not got the last {len(write.waiting)} measurements: there was no room')
+
+    def _each(self, call, writers=None):
+        for writer in list(self._writers if writers is None else writers):
             name, write = writer
             try:
-                write(scalars, step, rows)
+                call(write)
             except Exception:
                 self._writers.remove(writer)
-                print(f'PlasticityMonitor: {name} has failed and gets no more of its values:')
-                traceback.print_exc()
+                say(f'PlasticityMonitor: {name} has failed and gets no more of its values:\n{traceback.format_exc()}')
 
 
 def _log_scalars(logger, scalars, step, rows):
     logger.log_metrics(scalars, step=step)
+
+
+def _flush(logger):
+    logger.experiment.flush()
 
 
 class Sinks:
@@ -206,9 +252,11 @@ class Sinks:
     """
 
     def __init__(self, trainer, log_dir, tags, per_layer=False, prog_bar=False, beside=None):
-        self.file = None if log_dir is None else JsonLines(Path(log_dir) / FILE_NAME)
+        # A relative folder is where it was before the run went elsewhere.
+        self.file = None if log_dir is None else JsonLines(Path(log_dir).absolute() / FILE_NAME)
         self._trainer = trainer
-        self._loggers = Loggers(trainer.loggers, tags, [('The progress bar', self._show_in_bar)] if prog_bar else [])
+        self._loggers = Loggers(trainer.loggers, tags, [('The progress bar', self._show_in_bar)] if prog_bar else [],
+                                lambda: self.file is not None and self.file.found_full)
         self._per_layer = per_layer
         self._beside = beside
         self.watched = {}  # what other callbacks can watch, since Lightning forgets it after the sanity check
@@ -237,6 +285,11 @@ class Sinks:
                             for row in rows for layer, own in row['layers'].items()})
         self._loggers.log(scalars, rows[0]['step'], plain_rows if dashboard else ())
 
+    @property
+    def folder(self):
+        """ Path of the file's folder, or None where no file is. """
+        return self.file.fpath.parent if self.file is not None and self.file.is_there else None
+
     def _show_in_bar(self, scalars, step, rows):
         show_in_progress_bar(self._trainer, {row['metric']: scalars[f'plasticity/{row["metric"]}'] for row in rows})
 
@@ -249,12 +302,17 @@ class Sinks:
         if self._trainer.is_global_zero and self.file is not None:
             self.file.drop(is_stale)
 
+    def close(self):
+        """ Write what could not be written before. """
+        if self.file is not None:
+            self.file.close()
+        self._loggers.close()
+
     def _put_beside(self):
         if self._beside is None:
             return
         beside, self._beside = self._beside, None
         try:
             beside(self.file.fpath.parent)
-        except OSError as ex:
-            warnings.warn(f'PlasticityMonitor: the script for the report could not be written ({ex}); training '
-                          'and logging go on', stacklevel=2)
+        except Exception as ex:
+            warn(f'the script for the report could not be written ({ex}); training and logging go on')

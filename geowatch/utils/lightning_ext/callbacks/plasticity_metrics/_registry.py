@@ -103,7 +103,7 @@ def metric(*, needs: tuple[str, ...] | str, network: str = 'mean', every: str = 
         2.0
     """
     def register(formula):
-        name = formula.__name__
+        name = getattr(formula, '__name__', repr(formula))  # a functools.partial has none
         if not re.fullmatch(r'\w+', name) or name == 'all' or name in GROUPS:
             raise PlasticityConfigError(
                 f"Expected a metric's name of letters, digits and '_' that is no group, but got {name!r}")

@@ -57,8 +57,8 @@ class Words:
         if value is None or math.isnan(value):
             return 'n/a'
         if self.percent:
-            percent = 100 * value
-            return f'{percent:.0f} %' if percent >= 9.95 or percent == int(percent) else f'{percent:.2g} %'
+            percent = 100. * value
+            return f'{percent:.0f} %' if percent >= 9.95 or percent.is_integer() else f'{percent:.2g} %'
         return f'{value:.0f}' if 1000 <= abs(value) < 1e6 else f'{value:.3g}'
 
     def is_sign(self, start: float, end: float) -> bool:
@@ -114,7 +114,8 @@ class Words:
             return value
         if not start > 0:
             return 0.
-        change = math.log(max(value, 1e-12 * start) / start)
+        least = math.log(1e-12)
+        change = max(math.log(value) - math.log(start), least) if value > 0 else least
         if self.shrinks and not self.grows:
             return -change
         return change if self.grows and not self.shrinks else abs(change)

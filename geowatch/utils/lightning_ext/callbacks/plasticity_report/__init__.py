@@ -18,7 +18,7 @@ import ubelt as ub
 __all__ = ['PlasticityReportCLI', 'report_command', 'write_report_script']
 
 # The host imports GDAL first unless it is told not to, and drawing needs none.
-_COMMAND = 'GEOWATCH_PREIMPORT=0 {python} -m geowatch.utils.lightning_ext.callbacks.plasticity_report'
+_COMMAND = 'GEOWATCH_PREIMPORT=0 python -m geowatch.utils.lightning_ext.callbacks.plasticity_report'
 
 
 class PlasticityReportCLI(scfg.DataConfig):
@@ -122,11 +122,13 @@ def _write(table, findings, config):
     out = ub.Path(config.out or single or 'plasticity_report').expand()
     try:
         page = write_page(table, findings, out.ensuredir(), x)
-        pictures = draw_all(table, out, x)
+        pictures, left_out = draw_all(table, out, x)
     except OSError as ex:
         raise ReportError(f'{out}: the report could not be written ({ex})') from None
     for finding in findings:
         print(f'- {finding.sentence}')
+    for line in left_out:
+        print(f'- {line}')
     print(CAVEAT)
     print(f'Wrote {page} and {len(pictures)} pictures beside it')
 
@@ -160,7 +162,7 @@ def report_command(log_dir):
         >>> report_command('my runs/version_0')
         "GEOWATCH_PREIMPORT=0 python -m geowatch.utils.lightning_ext.callbacks.plasticity_report 'my runs/version_0'"
     """
-    return f'{_COMMAND.format(python="python")} {shlex.quote(str(log_dir))}'
+    return f'{_COMMAND} {shlex.quote(str(log_dir))}'
 
 
 def write_report_script(log_dir):
@@ -175,6 +177,9 @@ def write_report_script(log_dir):
 
     Returns:
         ub.Path: the script, `plasticity_report.sh`
+
+    Raises:
+        OSError: if it cannot be written, or made one that can be run
 
     Example:
         >>> from geowatch.utils.lightning_ext.callbacks.plasticity_report import write_report_script
@@ -192,10 +197,13 @@ def write_report_script(log_dir):
         # compare with and flags may follow, as in: ./plasticity_report.sh ../version_1 --under=val_loss
         PYTHON={shlex.quote(sys.executable or 'python')}
         command -v "$PYTHON" > /dev/null || PYTHON=python
-        {_COMMAND.format(python='"$PYTHON"')} "$(dirname "$0")" "$@"
-        ''') + '\n')
-    try:
-        fpath.chmod('ug+x')
-    except PermissionError as ex:
-        print(f'Unable to change permissions on {fpath}: {ex}')
+        # Not `python -m`, which would import from the folder that it is started in, whatever lies there.
+        GEOWATCH_PREIMPORT=0 "$PYTHON" -c '
+        import sys
+        sys.path[:] = [place for place in sys.path if place]
+        import runpy
+        runpy.run_module("{__name__}", run_name="__main__", alter_sys=True)
+        ' "$(dirname "$0")" "$@"
+        ''') + '\n', encoding='utf-8', errors='surrogateescape')
+    fpath.chmod('ug+x')
     return fpath

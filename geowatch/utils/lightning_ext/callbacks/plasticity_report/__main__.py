@@ -3,6 +3,8 @@ import sys
 
 from . import PlasticityReportCLI
 
+# A name that the terminal cannot write is no reason to stop.
+sys.stdout.reconfigure(errors='replace')
 try:
     code = PlasticityReportCLI.main()
     sys.stdout.flush()

@@ -5,8 +5,10 @@ import itertools
 import math
 import re
 import textwrap
+from functools import partial
 
 from .findings import bin_means, running_mean
+from .foreign import readable
 from .glyphs import drawable, families
 from .runs import ReportError
 from .scalars import find_scalar
@@ -94,38 +96,49 @@ def draw_all(table, out, x='step'):
         x (str): 'step' or 'epoch'
 
     Returns:
-        List[Path]: what was written
+        Tuple[List[Path], List[str]]: what was written, and a line on each that could not be drawn
     """
     try:
         import matplotlib
     except ImportError as ex:
         raise ReportError(f"The pictures need matplotlib: pip install 'geowatch-plasticity[report]' ({ex})") from None
     with matplotlib.rc_context({'font.family': families()}):
-        return _write(_draw(table, [drawable(label) for label in table.labels()], x), out)
+        return _write(table, list(map(_drawable, table.labels())), out, x)
 
 
-def _draw(table, labels, x):
-    """ All figures by their names. """
+def _write(table, labels, out, x):
     names = in_order(table.runs)
-    figures = {name: _draw_metric(table, labels, name, x) for name in names}
-    figures['panels'] = _draw_panels(table, labels, x)
-    for run, label in zip(table.runs, labels, strict=True):
-        for name in names:
-            figure = _draw_layers(run, label, name, x)
-            if figure:
-                figures[f'layers-{name}-{run.name}'] = figure
-    return figures
-
-
-def _write(figures, out):
-    paths = []
-    for name, figure in figures.items():
-        fname = re.sub(r'[^\w.=+-]+', '_', name)
+    pictures = [('panels', partial(_draw_panels, table, labels, x))]
+    pictures += [(name, partial(_draw_metric, table, labels, name, x)) for name in names]
+    pictures += [(f'layers-{name}-{run.name}', partial(_draw_layers, run, label, name, x))
+                 for run, label in zip(table.runs, labels, strict=True) for name in names]
+    paths, left_out = [], []
+    for name, draw in pictures:
+        # A name of a file has 255 bytes.
+        fname = re.sub(r'[^\w.=+-]+', '_', readable(name, 60))
         while out / f'{fname}.png' in paths:
             fname += '_'
-        paths.append(out / f'{fname}.png')
-        figure.savefig(paths[-1], dpi=150, facecolor='white')
-    return paths
+        fpath = out / f'{fname}.png'
+        try:
+            figure = draw()
+            if figure is not None:
+                figure.savefig(fpath, dpi=150, facecolor='white')
+                paths.append(fpath)
+        except OSError:
+            raise
+        except Exception as ex:  # no axis of matplotlib reaches from 1 to 1e308
+            left_out.append(f'{fpath.name} could not be drawn and is left out ({type(ex).__name__}: {ex})')
+    return paths, left_out
+
+
+def _verbatim(text):
+    """ For matplotlib, which reads what stands between two dollars as a formula. """
+    return text.replace('$', r'\$')
+
+
+def _drawable(text):
+    """ A name in letters that some font has. """
+    return _verbatim(drawable(text))
 
 
 def _figure(width, height):
@@ -139,7 +152,7 @@ def _dress(axes, title, about='', percent=False, log=False):
     from matplotlib.ticker import PercentFormatter
     # 15 characters of this size fill an inch; a longer line would run into the axes beside.
     width = axes.figure.get_size_inches()[0] / axes.get_subplotspec().get_gridspec().ncols
-    title, about = drawable(title), textwrap.fill(drawable(about), int(15 * width))
+    title, about = _drawable(readable(title, int(13 * width))), _drawable(textwrap.fill(about, int(15 * width)))
     lines = about.count('\n') + 1 if about else 0
     axes.set_title(title, loc='left', fontsize=11, fontweight='bold', color=INK, pad=6 + 2 * bool(lines) + 12 * lines)
     if about:
@@ -291,7 +304,7 @@ def change_of(values):
     first = next((value for value in values if math.isfinite(value) and value > 0), math.nan)
     # What has collapsed to zero gets the last colour, not the one of a gap.
     return [math.nan if not math.isfinite(value) else
-            max(-MOST_CHANGE, min(MOST_CHANGE, math.log2(value / first))) if value > 0 else -MOST_CHANGE
+            max(-MOST_CHANGE, min(MOST_CHANGE, math.log2(value) - math.log2(first))) if value > 0 else -MOST_CHANGE
             for value in values]
 
 
@@ -324,10 +337,11 @@ def _draw_layers(run, label, name, x):
     axes.invert_yaxis()
     shown = range(0, len(layers), math.ceil(len(layers) / 170))
     names = short_names([drawable(layer) for layer in layers], 44)
-    axes.set_yticks([i + 0.5 for i in shown], [names[i] for i in shown])
+    axes.set_yticks([i + 0.5 for i in shown], [_verbatim(names[i]) for i in shown])
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0, labelsize=8.5, colors=INK)
-    axes.set_title(f'{drawable(words.title)} by layer', loc='left', fontsize=11, fontweight='bold', color=INK, pad=20)
+    axes.set_title(_drawable(f'{readable(words.title, 80)} by layer'), loc='left', fontsize=11, fontweight='bold',
+                   color=INK, pad=20)
     axes.annotate(label, (0, 1), xytext=(0, 6), xycoords='axes fraction', textcoords='offset points',
                   fontsize=8.5, color=QUIET)
     axes.set_xlabel(_x_title(x), color=QUIET, fontsize=9)
@@ -375,5 +389,4 @@ def short_names(layers, most):
     while all(len(p) > shared + 1 and p[shared] == parts[0][shared] for p in parts) and len(parts) > 1:
         shared += 1
     names = ['.'.join(p[shared:]) for p in parts]
-    half = (most - 1) // 2
-    return [name if len(name) <= most else f'{name[:half]}\u2026{name[-half:]}' for name in names]
+    return [readable(name, most) for name in names]

@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import math
 
+from .foreign import readable
 from .scalars import find_scalar
 from .settings import compared_settings
 from .words import describe, in_order
@@ -136,12 +137,14 @@ class Table:
         trends (List[Dict[str, Trend]]): per run, by metric
         under (str | None): the scalar that is drawn under each metric
         under_trends (List[Trend | None]): per run
+        more_settings (int): how many others differ between the runs
     """
     runs: list
     settings: dict
     trends: list
     under: str | None
     under_trends: list
+    more_settings: int = 0
 
     def labels(self):
         """ Names of runs with the settings in which they differ, where the name does not hold them. """
@@ -169,7 +172,8 @@ def _ended_far(name, trend):
 
 def _setting(title, value):
     short = {'learning rate': 'lr', 'batch size': 'batch'}.get(title, title)
-    return str(value) if title == 'optimizer' else f'{short} {value:g}' if _is_number(value) else f'{short} {value}'
+    text = f'{value:g}' if _is_number(value) else readable(str(value), 40)
+    return text if title == 'optimizer' else f'{short} {text}'
 
 
 def _is_number(value):
@@ -190,8 +194,9 @@ def make_table(runs, under=None):
     trends = [{name: trend([p.step for p in points], [p.value for p in points], describe(name).percent)
                for name, points in run.metrics.items()} for run in runs]
     scalars = [find_scalar(run, under) if under else None for run in runs]
-    return Table(runs, compared_settings(runs), trends, under,
-                 [trend(list(s), list(s.values())) if s else None for s in scalars])
+    settings, more = compared_settings(runs)
+    return Table(runs, settings, trends, under, [trend(list(s), list(s.values())) if s else None for s in scalars],
+                 more)
 
 
 @dataclasses.dataclass
@@ -316,6 +321,8 @@ def _about_data(table, labels):
             note(label, f'{", ".join(missing)} not measured.')
         for text in run.notes:
             note(label, f'{text}.')
+    if table.more_settings:
+        note('', f'{table.more_settings} more settings differ between the runs than the table has room for.')
     ends = [run.epochs[1] for run in runs if run.epochs]
     for label, run in zip(labels, runs, strict=True):
         if run.epochs and run.epochs[1] < max(ends):

@@ -5,10 +5,12 @@ import datetime
 import html
 import json
 import math
+import re
 from pathlib import Path
 
 from .figures import LINE_POINTS, change_limit, change_of, layer_grid, short_names, style, wants_log
 from .findings import bin_means, running_mean
+from .foreign import readable
 from .runs import ReportError
 from .scalars import find_scalar
 from .words import CAVEAT, METRICS, describe, in_order
@@ -48,10 +50,10 @@ def write_page(table, findings, out, x='step'):
         'plotly': get_plotlyjs(),
     }
     text = (Path(__file__).parent / 'page.html').read_text(encoding='utf-8')
-    for name, part in parts.items():
-        text = text.replace('{{' + name + '}}', part)
+    # In one pass, since a name may look like one of the places.
+    text = re.sub(r'{{(\w+)}}', lambda place: parts[place[1]], text)
     fpath = out / 'report.html'
-    fpath.write_text(text, encoding='utf-8')
+    fpath.write_text(text, encoding='utf-8', errors='replace')
     return fpath
 
 
@@ -102,7 +104,7 @@ def _swatch(colour, dash):
 
 
 def _value(value):
-    return '\u2013' if value is None else f'{value:g}' if isinstance(value, float) else str(value)
+    return '\u2013' if value is None else f'{value:g}' if isinstance(value, float) else readable(str(value))
 
 
 def _trend_cell(name, trend, is_sign):

@@ -7,14 +7,16 @@ crashed in the middle of a line, or that was resumed from an older checkpoint.
 import dataclasses
 import glob
 import json
-import math
 import re
 from pathlib import Path
 
+from .foreign import finite, readable, whole
 from .settings import read_settings
-from .words import is_rank_of_features, learn
+from .words import METRICS, is_rank_of_features, learn
 
 MEASUREMENTS = 'plasticity.jsonl'
+# Of a run, beyond those that we know: each has its pictures.
+MOST_OWN = 30
 # Parts of a path that say nothing about a run.
 GENERIC = re.compile(r'lightning_logs|version_\d+')
 
@@ -101,7 +103,13 @@ def load_runs(patterns):
         path = Path(pattern).expanduser()
         found = [path] if path.exists() else [Path(p) for p in glob.glob(str(path), recursive=True)]
         folders = sorted({folder.resolve() for match in found for folder in _log_folders(match)}, key=_natural)
-        parts.update({folder: _load_part(folder) for folder in folders if folder not in parts})
+        for folder in folders:
+            if folder not in parts:
+                try:
+                    parts[folder] = _load_part(folder)
+                except OSError as ex:
+                    parts[folder] = None
+                    missing.append(f'{folder / MEASUREMENTS}: it could not be read ({ex.strerror}) and is left out')
         if not found:
             missing.append(f'{pattern}: no such file or folder')
         elif not folders:
@@ -116,16 +124,16 @@ def load_runs(patterns):
             runs.append([part])
     runs = [_join(parts) for parts in runs]
     for run, name in zip(runs, _names([run.folders[0] for run in runs]), strict=True):
-        run.name = name
+        run.name = readable(name)
     return runs, missing
 
 
 def _log_folders(path):
     if path.is_file():
         return [path.parent] if path.name == MEASUREMENTS else []
-    if (path / MEASUREMENTS).exists():
+    if (path / MEASUREMENTS).is_file():
         return [path]
-    return [fpath.parent for fpath in path.rglob(MEASUREMENTS)]
+    return [fpath.parent for fpath in path.rglob(MEASUREMENTS) if fpath.is_file()]
 
 
 def _natural(path):
@@ -158,17 +166,19 @@ def _load_part(folder):
 
 def _read_measurements(fpath):
     rows, bad, notes = [], [], []
-    lines = fpath.read_text(encoding='utf-8', errors='replace').split('\n')
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                row = _checked(json.loads(line))
-            except (ValueError, TypeError, KeyError, AttributeError):
-                bad.append(number)
-            else:
-                rows += [row] if row else []
+    number, line = 0, ''
+    with open(fpath, encoding='utf-8', errors='replace', newline='\n') as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    row = _checked(json.loads(line))
+                # Of lines that are nested too deep for the parser, too.
+                except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+                    bad.append(number)
+                else:
+                    rows += [row] if row else []
     # A complete line ends in a newline, so that a half-written one can only be the last.
-    if bad and bad[-1] == len(lines):
+    if bad and bad[-1] == number and not line.endswith('\n'):
         bad.pop()
         notes.append('the last line is half-written: the run was going on, or was killed')
     if bad:
@@ -183,23 +193,18 @@ def _checked(row):
         raise TypeError
     if 'metric' not in row:
         return None
-    if isinstance(row.get('words'), dict):
-        learn(str(row['metric']), row['words'])
-    epoch, samples = row.get('epoch'), row.get('samples')
-    return {
-        'metric': str(row['metric']), 'step': int(row['step']),
-        'epoch': None if epoch is None else int(epoch),
-        'samples': None if samples is None else int(samples),
-        'value': _number(row['value']),
-        'layers': {str(name): _number(layer['value']) for name, layer in (row.get('layers') or {}).items()
+    metric, epoch, samples = readable(str(row['metric'])), row.get('epoch'), row.get('samples')
+    checked = {
+        'metric': metric, 'step': whole(row['step'], least=-1),  # of the untrained network
+        'epoch': None if epoch is None else whole(epoch),
+        'samples': None if samples is None else whole(samples),
+        'value': finite(row['value']),
+        'layers': {readable(name): finite(layer['value']) for name, layer in (row.get('layers') or {}).items()
                    if 'value' in layer},
     }
-
-
-def _number(value):
-    """ null stands for a value that is not finite. """
-    number = math.nan if value is None else float(value)
-    return number if math.isfinite(number) else math.nan
+    if isinstance(row.get('words'), dict):
+        learn(metric, row['words'])
+    return checked
 
 
 def _goes_on(before, part):
@@ -220,13 +225,17 @@ def _join(parts):
             # The run was resumed from before: what it had done after that did not happen.
             rewound.append(step)
             for points in metrics.values():
-                for later in [s for s in points if s > step]:
-                    del points[later]
+                while points and next(reversed(points)) > step:
+                    points.popitem()
         own[step] = Point(**row)
     few = sorted(name for name, points in metrics.items() if _drop_small_start(name, points))
     if few:
         notes.append(f'{", ".join(few)} of the untrained network had far fewer examples than later, so that it is '
                      'left out (num_sanity_val_steps=-1 gives it as many)')
+    own = [name for name in metrics if name not in METRICS]
+    if len(own) > MOST_OWN:
+        notes.append(f'{len(own) - MOST_OWN} metrics of your own beyond the first {MOST_OWN} are left out')
+        metrics = {name: points for name, points in metrics.items() if name not in own[MOST_OWN:]}
     if rewound:
         notes.append(f'steps begin again at {min(rewound)} (a resume?): later lines stand for earlier ones')
     if not parts[0].settings:

@@ -3,6 +3,7 @@ What the loggers of a run wrote beside the measurements: losses and accuracies.
 """
 import csv
 
+from .foreign import readable, whole
 from .runs import ReportError
 
 
@@ -29,7 +30,8 @@ def load_scalars(run):
 
 def _near(folder, pattern):
     """ In the log folder itself, or else below it: a second logger has a folder of its own. """
-    return sorted(folder.glob(pattern)) or sorted(folder.rglob(pattern))
+    return (sorted(fpath for fpath in folder.glob(pattern) if fpath.is_file())
+            or sorted(fpath for fpath in folder.rglob(pattern) if fpath.is_file()))
 
 
 def _wanted(name):
@@ -45,7 +47,7 @@ def _read_events(folder, notes):
     try:
         events = EventAccumulator(str(folder), size_guidance={'scalars': 0})
         events.Reload()
-        return {name: {event.step: event.value for event in events.Scalars(name)}
+        return {readable(name): {event.step: event.value for event in events.Scalars(name)}
                 for name in events.Tags()['scalars'] if _wanted(name)}
     except Exception as ex:
         notes.append(f'the TensorBoard files could not be read ({type(ex).__name__})')
@@ -54,15 +56,18 @@ def _read_events(folder, notes):
 
 def _read_csv(fpath, notes):
     scalars = {}
-    with open(fpath, encoding='utf-8', errors='replace', newline='') as file:
-        for row in csv.DictReader(line.replace('\0', '') for line in file):
-            try:
-                step = int(row['step'])
-                numbers = {name: float(text) for name, text in row.items() if name and text and _wanted(name)}
-            except (KeyError, ValueError, TypeError):
-                continue
-            for name, value in numbers.items():
-                scalars.setdefault(name, {})[step] = value
+    try:
+        with open(fpath, encoding='utf-8', errors='replace', newline='') as file:
+            for row in csv.DictReader(line.replace('\0', '') for line in file):
+                try:
+                    step = whole(row['step'], least=-1)
+                    numbers = {name: float(text) for name, text in row.items() if name and text and _wanted(name)}
+                except (KeyError, ValueError, TypeError):
+                    continue
+                for name, value in numbers.items():
+                    scalars.setdefault(readable(name), {})[step] = value
+    except (OSError, csv.Error) as ex:
+        notes.append(f'the rest of {fpath.name} could not be read ({ex}) and is left out')
     return scalars
 
 

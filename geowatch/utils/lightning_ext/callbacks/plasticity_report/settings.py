@@ -4,6 +4,8 @@ The settings of a run, from config.yaml of LightningCLI or hparams.yaml, and wha
 import re
 from pathlib import Path
 
+from .foreign import LARGEST, readable
+
 # Settings that differ between any two runs and explain nothing.
 WHEREABOUTS = {'default_root_dir', 'save_dir', 'dirpath', 'root_dir', 'log_dir', 'ckpt_path', 'version'}
 # What people call the three settings that are tuned most.
@@ -12,6 +14,12 @@ COMMON_SETTINGS = {
     'batch size': ('batch_size',),
     'optimizer': ('optimizer', 'optim', 'optimizer.class_path', 'optimizer_name'),
 }
+# Of a file, which takes seconds to read.
+MOST_BYTES = 1 << 20
+# Of a file, in all places where its aliases repeat them: a short one can hold billions.
+MOST_ITEMS = 100_000
+# Columns that a reader can take in.
+MOST_COLUMNS = 30
 
 
 def read_settings(folder):
@@ -35,17 +43,25 @@ def read_settings(folder):
     settings, notes = {}, []
     for name in ('hparams.yaml', 'config.yaml'):
         fpath = Path(folder) / name
-        if fpath.exists():
+        if fpath.is_file():
             try:
                 # What LightningCLI wrote is what ran: it stands over hparams.
                 settings.update(_flat(_load_yaml(fpath)))
+            except _TooLarge as ex:
+                notes.append(f'{name} {ex} and is left out')
             except Exception as ex:
-                notes.append(f'{name} could not be read ({type(ex).__name__})')
+                notes.append(f'{name} could not be read ({type(ex).__name__}) and is left out')
     return {key: value for key, value in settings.items() if key.rpartition('.')[2] not in WHEREABOUTS}, notes
+
+
+class _TooLarge(Exception):
+    """ Which limit a file is over. """
 
 
 def _load_yaml(fpath):
     import yaml
+    if fpath.stat().st_size > MOST_BYTES:
+        raise _TooLarge(f'is larger than {MOST_BYTES >> 20} MB')
 
     class Loader(yaml.SafeLoader):
         """ Reads objects of unknown classes as the plain data that they are written with. """
@@ -58,7 +74,22 @@ def _load_yaml(fpath):
         return node.value
 
     Loader.add_multi_constructor('', plain)
-    return yaml.load(fpath.read_text(encoding='utf-8'), Loader)
+    loader = Loader(fpath.read_text(encoding='utf-8'))
+    node = loader.get_single_node()
+    if _items(node, {}) > MOST_ITEMS:
+        raise _TooLarge(f'holds more than {MOST_ITEMS} items in its aliases')
+    return None if node is None else loader.construct_document(node)
+
+
+def _items(node, known):
+    """ How many there are in a node of YAML, each as often as an alias repeats it. """
+    if id(node) not in known:
+        known[id(node)] = MOST_ITEMS + 1  # of what is inside itself
+        own = getattr(node, 'value', None)
+        inner = [x for item in (own if isinstance(own, list) else ())
+                 for x in (item if isinstance(item, tuple) else (item,))]
+        known[id(node)] = min(1 + sum(_items(x, known) for x in inner), MOST_ITEMS + 1)
+    return known[id(node)]
 
 
 def _flat(item, prefix=''):
@@ -66,13 +97,15 @@ def _flat(item, prefix=''):
         return {key: value for name, inner in item.items() for key, value in _flat(inner, f'{prefix}{name}.').items()}
     if isinstance(item, (list, tuple)) and any(isinstance(inner, (dict, list)) for inner in item):
         return _flat(dict(enumerate(item)), prefix)
-    if isinstance(item, str) and re.fullmatch(r'[-+.\d][-+.\deE]*', item):
+    if isinstance(item, str) and re.fullmatch(r'[-+.\d][-+.\deE]{0,40}', item):
         # YAML 1.1 takes 1e-3 for text.
         try:
             item = float(item)
         except ValueError:
             pass
-    return {prefix.removesuffix('.'): item} if prefix else {}
+    if isinstance(item, int) and abs(item) > LARGEST:
+        item = str(item)
+    return {readable(prefix.removesuffix('.')): item} if prefix else {}
 
 
 def compared_settings(runs):
@@ -83,9 +116,10 @@ def compared_settings(runs):
         runs (List[Run]): the runs of the report
 
     Returns:
-        Dict[str, List[object]]: title to one value per run, None where a run has none
+        Tuple[Dict[str, List[object]], int]: title to one value per run, None
+            where a run has none; and how many more differ
     """
-    columns = {}
+    columns, more = {}, 0
     used = set()
     for title, names in COMMON_SETTINGS.items():
         keys = [_find_key(run.settings, names) for run in runs]
@@ -96,8 +130,11 @@ def compared_settings(runs):
     for key in dict.fromkeys(key for run in runs for key in run.settings if key not in used):
         values = [run.settings.get(key) for run in runs]
         if len(set(map(str, values))) > 1 and not _is_twin(key, values, columns):
-            columns[key] = values
-    return columns
+            if len(columns) < MOST_COLUMNS:
+                columns[key] = values
+            else:
+                more += 1
+    return columns, more
 
 
 def _is_twin(key, values, columns):

@@ -2,8 +2,10 @@
 What the report says about each metric: its words come from the registry, those of a user's own from its run.
 """
 import dataclasses
+import math
 
 from ..plasticity_metrics import METRICS, Words, members
+from .foreign import finite, readable
 
 CAVEAT = (
     'These numbers are correlates of a lost ability to learn, neither its cause nor a proof. Each run is compared '
@@ -28,14 +30,15 @@ def learn(metric, words):
         'rises by 50 percentage points'
     """
     types = {field.name: field.type for field in dataclasses.fields(Words)}
-    kept = {key: x for key, x in words.items() if key in types and _fits(x, types[key])}
-    _LEARNED[metric] = Words(**{'title': metric, **kept})
+    kept = {key: readable(x) if isinstance(x, str) else x for key, x in words.items()
+            if key in types and _fits(x, types[key])}
+    _LEARNED[metric] = Words(**{**kept, 'title': kept.get('title') or metric})
 
 
 def _fits(x, kind):
     if isinstance(x, bool) or kind is bool:
         return kind is bool and isinstance(x, bool)
-    return isinstance(x, str) if kind is str else isinstance(x, (int, float))
+    return isinstance(x, str) if kind is str else isinstance(x, (int, float)) and math.isfinite(finite(x))
 
 
 def describe(metric):
