@@ -4,6 +4,9 @@ A Lightning callback that shows whether a network loses its ability to learn.
 This file reads the settings and hands the hooks of Lightning on; what is
 measured is in :mod:`.plasticity_metrics`, and how in :mod:`.plasticity_engine`.
 """
+import inspect
+from numbers import Integral
+
 import pytorch_lightning as pl
 
 from .plasticity_engine.budget import Budget
@@ -107,6 +110,7 @@ class PlasticityMonitor(*_BASES):
         self.prog_bar = prog_bar
         self.budget = budget
         self._fit = None
+        self._run = None  # of the last fit, with which the next may go on
         self._settings = self._read()
 
     def _read(self):
@@ -118,17 +122,24 @@ class PlasticityMonitor(*_BASES):
         if self.source not in SOURCES:
             raise PlasticityConfigError(
                 f'Expected `source` to be one of {", ".join(SOURCES)}, but got {self.source!r}')
-        if isinstance(self.samples, bool) or not isinstance(self.samples, int) or self.samples < 1:
+        if isinstance(self.samples, bool) or not isinstance(self.samples, Integral) or self.samples < 1:
             raise PlasticityConfigError(
                 f'Expected `samples` to be a whole number of at least 1, but got {self.samples!r}')
         if self.budget is not None:
             Budget(self.budget)
-        return Settings(intervals, self.source, self.samples, read_patterns(self.layers), self.per_layer,
+        return Settings(intervals, self.source, int(self.samples), read_patterns(self.layers), self.per_layer,
                         self.prog_bar, self.budget)
 
     def __getstate__(self):
         # A copy is of the settings: what a fit has opened belongs to that fit.
-        return {**vars(self), '_fit': None}
+        return {**vars(self), '_fit': None, '_run': None}
+
+    @property
+    def state_key(self):
+        # Several monitors of a trainer differ in these, and each has a state in checkpoints.
+        own = {name: getattr(self, name) for name in ('metrics', 'source', 'layers')
+               if getattr(self, name) != _DEFAULTS[name].default}
+        return self._generate_state_key(**own) if own else super().state_key
 
     # --- the hooks of Lightning, in the order in which they are called -----
 
@@ -136,11 +147,16 @@ class PlasticityMonitor(*_BASES):
         from kwutil import util_environ
         if stage == 'fit':
             is_off = util_environ.envflag('DISABLE_PLASTICITY_MONITOR')
-            self._fit = None if is_off else Fit(self._settings, trainer, write_report_script)
+            nth = [callback for callback in trainer.callbacks if isinstance(callback, PlasticityMonitor)].index(self)
+            self._fit = None if is_off else Fit(self._settings, trainer, write_report_script, nth, self._run)
 
     def on_fit_start(self, trainer, pl_module):
         if self._fit is not None:
             self._fit.begin(pl_module)
+
+    def on_sanity_check_start(self, trainer, pl_module):
+        if self._fit is not None:
+            self._fit.open(pl_module)
 
     def on_train_start(self, trainer, pl_module):
         if self._fit is not None:
@@ -148,7 +164,7 @@ class PlasticityMonitor(*_BASES):
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if self._fit is not None:
-            self._fit.begin_batch(pl_module, batch, batch_idx)
+            self._fit.begin_batch(pl_module, batch)
 
     def on_before_backward(self, trainer, pl_module, loss):
         if self._fit is not None:
@@ -167,11 +183,11 @@ class PlasticityMonitor(*_BASES):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if self._fit is not None:
-            self._fit.end_batch(pl_module, batch_idx)
+            self._fit.end_batch(pl_module)
 
     def on_train_epoch_end(self, trainer, pl_module):
         if self._fit is not None:
-            self._fit.end_epoch()
+            self._fit.conclude(pl_module)
 
     def on_validation_start(self, trainer, pl_module):
         if self._fit is not None:
@@ -191,14 +207,23 @@ class PlasticityMonitor(*_BASES):
 
     def on_exception(self, trainer, pl_module, exception):
         if self._fit is not None:
-            self._fit.interrupt()
+            self._fit.fail(pl_module)
 
     def teardown(self, trainer, pl_module, stage):
         fit, self._fit = self._fit, None
+        self._run = None if fit is None else fit.run
         if fit is not None and (log_dir := fit.end()) is not None:
             say_uncut(f'To see the plasticity of this run: {report_command(log_dir)}')
 
     # --- checkpoints -------------------------------------------------------
+
+    def on_load_checkpoint(self, trainer, pl_module, checkpoint):
+        # One that had other settings, or is of an older version, has another key.
+        states, keys = checkpoint['callbacks'], {callback.state_key for callback in trainer.callbacks}
+        (state, *others) = [own for key, own in states.items()
+                            if str(key).startswith(type(self).__qualname__) and key not in keys] or [None]
+        if state and not others and self.state_key not in states:
+            self.load_state_dict(state)
 
     def state_dict(self):
         return {} if self._fit is None else self._fit.state_dict()
@@ -206,6 +231,9 @@ class PlasticityMonitor(*_BASES):
     def load_state_dict(self, state_dict):
         if self._fit is not None:
             self._fit.load_state_dict(state_dict)
+
+
+_DEFAULTS = inspect.signature(PlasticityMonitor).parameters
 
 
 def _table_of_tags():
