@@ -48,7 +48,11 @@ def open_lines(trainer, log_dir, run, nth=0):
         >>> import ubelt as ub
         >>> dpath = ub.Path.appdir('geowatch/tests/places').delete().ensuredir()
         >>> trainer = pl.Trainer(logger=False, accelerator='cpu', default_root_dir=dpath)
-        >>> files = [open_lines(trainer, dpath, run).fpath for run in ('a', 'b', 'a')]
+        >>> files = []
+        >>> for run in ('a', 'b', 'a'):
+        >>>     lines = open_lines(trainer, dpath, run)
+        >>>     lines.add([{'metric': 'erank', 'run': run}])
+        >>>     files.append(lines.fpath)
         >>> [fpath.relative_to(dpath).as_posix() for fpath in files]
         ['plasticity.jsonl', 'b/plasticity.jsonl', 'plasticity.jsonl']
     """
