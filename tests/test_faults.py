@@ -566,7 +566,9 @@ def run_and_kill(folder, kill_at=-1, source='train', every=4, ckpt=''):
 
 def rows(folder):
     lines = (Path(folder) / 'run/version_0/plasticity.jsonl').read_text().splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key != 'time'} for line in lines]
+    rows = [json.loads(line) for line in lines]
+    assert len({row['run'] for row in rows}) == 1  # however often it has gone on
+    return [{key: value for key, value in row.items() if key not in ('time', 'run')} for row in rows]
 
 
 @pytest.fixture(scope='module', params=['train', 'validation'])
@@ -935,14 +937,17 @@ def test_fit_twice(tmp_path, source):
     monitor = everything(source)
     net, first, lines, _ = fit(tmp_path, monitor)
     _, second, again, _ = fit(tmp_path, monitor)
-    assert [{**line, 'time': 0} for line in lines] == [{**line, 'time': 0} for line in again]
+    changes = {'time': 0, 'run': ''}
+    assert [{**line, **changes} for line in lines] == [{**line, **changes} for line in again]
+    assert lines[0]['run'] != again[0]['run']
     second.fit_loop.max_epochs = 3
     loaders = DataLoader(make_data(), batch_size=8), DataLoader(make_data(), batch_size=10)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         second.fit(second.lightning_module, *loaders)
-    steps = [line['step'] for line in lines_of(read_lines(second), 'weight_mag')]
-    assert steps == list(range(15))
+    lines = lines_of(read_lines(second), 'weight_mag')
+    assert [line['step'] for line in lines] == list(range(15))
+    assert {line['run'] for line in lines} == {again[0]['run']}
 
 
 def test_fit_after_a_resumed_fit_that_failed(tmp_path):

@@ -65,7 +65,7 @@ def measured(folder, start=False):
 
 
 def without_times(lines):
-    return [{key: value for key, value in line.items() if key != 'time'} for line in lines]
+    return [{key: value for key, value in line.items() if key not in ('time', 'run')} for line in lines]
 
 
 @pytest.fixture(scope='module')

@@ -168,7 +168,7 @@ def test_lines(tmp_path, source):
     _, trainer, lines, _ = fit(tmp_path, PlasticityMonitor('paper', source=source))
     assert {line['metric'] for line in lines} == set(TAGS)
     for line in lines:
-        assert list(line) == ['metric', 'step', 'epoch', 'time', 'samples', 'value', 'layers']
+        assert list(line) == ['metric', 'step', 'epoch', 'time', 'samples', 'value', 'layers', 'run']
         assert line['epoch'] == line['step'] // 5
         assert before <= line['time'] <= time.time()
         assert len(line['layers']) == (2 if line['metric'] in ('dead_units', 'feature_erank') else 3)

@@ -182,7 +182,8 @@ def _split(args):
     ours, others = [], []
     takes_value = False
     for arg in args:
-        is_ours = arg.startswith((f'--{PREFIX}', f'--no-{PREFIX}')) or arg in _HELP
+        written = arg.partition('=')[0].replace('-', '_')  # scriptconfig takes dashes for the underscores of a name
+        is_ours = written.startswith((f'__{PREFIX}', f'__no_{PREFIX}')) or arg in _HELP
         if is_ours or (takes_value and not arg.startswith('-')):
             ours.append(arg)
         else:

@@ -4,7 +4,9 @@ A Lightning callback that shows whether a network loses its ability to learn.
 This file reads the settings and hands the hooks of Lightning on; what is
 measured is in :mod:`.plasticity_metrics`, and how in :mod:`.plasticity_engine`.
 """
+import inspect
 import traceback
+from numbers import Integral
 
 import pytorch_lightning as pl
 
@@ -109,6 +111,7 @@ class PlasticityMonitor(*_BASES):
         self.prog_bar = prog_bar
         self.budget = budget
         self._fit = None
+        self._run = None  # of the last fit, with which the next may go on
         self._settings = self._read()
 
     def _read(self):
@@ -120,7 +123,7 @@ class PlasticityMonitor(*_BASES):
         if self.source not in SOURCES:
             raise PlasticityConfigError(
                 f'Expected `source` to be one of {", ".join(SOURCES)}, but got {self.source!r}')
-        if isinstance(self.samples, bool) or not isinstance(self.samples, int) or self.samples < 1:
+        if isinstance(self.samples, bool) or not isinstance(self.samples, Integral) or self.samples < 1:
             raise PlasticityConfigError(
                 f'Expected `samples` to be a whole number of at least 1, but got {self.samples!r}')
         for name in ('per_layer', 'prog_bar'):
@@ -128,12 +131,19 @@ class PlasticityMonitor(*_BASES):
                 raise PlasticityConfigError(f'Expected `{name}` to be True or False, but got {value!r}')
         if self.budget is not None:
             Budget(self.budget)
-        return Settings(intervals, self.source, self.samples, read_patterns(self.layers), self.per_layer,
+        return Settings(intervals, self.source, int(self.samples), read_patterns(self.layers), self.per_layer,
                         self.prog_bar, self.budget)
 
     def __getstate__(self):
         # A copy is of the settings: what a fit has opened belongs to that fit.
-        return {**vars(self), '_fit': None}
+        return {**vars(self), '_fit': None, '_run': None}
+
+    @property
+    def state_key(self):
+        # Several monitors of a trainer differ in these, and each has a state in checkpoints.
+        own = {name: getattr(self, name) for name in ('metrics', 'source', 'layers')
+               if getattr(self, name) != _DEFAULTS[name].default}
+        return self._generate_state_key(**own) if own else super().state_key
 
     # --- the hooks of Lightning, in the order in which they are called -----
 
@@ -144,7 +154,8 @@ class PlasticityMonitor(*_BASES):
             self._fit = None
             if not is_off:
                 try:
-                    self._fit = Fit(self._settings, trainer, write_report_script)
+                    own = [callback for callback in trainer.callbacks if isinstance(callback, PlasticityMonitor)]
+                    self._fit = Fit(self._settings, trainer, write_report_script, own.index(self), self._run)
                 except Exception:
                     say(f'PlasticityMonitor: nothing is measured, since it has failed:\n{traceback.format_exc()}')
 
@@ -161,11 +172,14 @@ class PlasticityMonitor(*_BASES):
     def on_fit_start(self, trainer, pl_module):
         self._hand_over(Fit.begin, pl_module)
 
+    def on_sanity_check_start(self, trainer, pl_module):
+        self._hand_over(Fit.open, pl_module)
+
     def on_train_start(self, trainer, pl_module):
         self._hand_over(Fit.start_training, pl_module)
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        self._hand_over(Fit.begin_batch, pl_module, batch, batch_idx)
+        self._hand_over(Fit.begin_batch, pl_module, batch)
 
     def on_before_backward(self, trainer, pl_module, loss):
         self._hand_over(Fit.end_forward, pl_module)
@@ -180,10 +194,10 @@ class PlasticityMonitor(*_BASES):
         self._hand_over(Fit.before_step, pl_module, optimizer)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self._hand_over(Fit.end_batch, pl_module, batch, batch_idx)
+        self._hand_over(Fit.end_batch, pl_module, batch)
 
     def on_train_epoch_end(self, trainer, pl_module):
-        self._hand_over(Fit.end_epoch)
+        self._hand_over(Fit.conclude, pl_module)
 
     def on_validation_start(self, trainer, pl_module):
         self._hand_over(Fit.begin_validation)
@@ -198,21 +212,33 @@ class PlasticityMonitor(*_BASES):
         self._hand_over(Fit.end_validation)
 
     def on_exception(self, trainer, pl_module, exception):
-        self._hand_over(Fit.interrupt)
+        self._hand_over(Fit.fail, pl_module)
 
     def teardown(self, trainer, pl_module, stage):
         log_dir = self._hand_over(Fit.end)
+        self._run = None if self._fit is None else self._fit.run
         self._fit = None
         if log_dir is not None:
             say(f'To see the plasticity of this run: {report_command(log_dir)}', uncut=True)
 
     # --- checkpoints -------------------------------------------------------
 
+    def on_load_checkpoint(self, trainer, pl_module, checkpoint):
+        # One that had other settings, or is of an older version, has another key.
+        states, keys = checkpoint['callbacks'], {callback.state_key for callback in trainer.callbacks}
+        (state, *others) = [own for key, own in states.items()
+                            if str(key).startswith(type(self).__qualname__) and key not in keys] or [None]
+        if state and not others and self.state_key not in states:
+            self.load_state_dict(state)
+
     def state_dict(self):
         return self._hand_over(Fit.state_dict) or {}
 
     def load_state_dict(self, state_dict):
         self._hand_over(Fit.load_state_dict, state_dict)
+
+
+_DEFAULTS = inspect.signature(PlasticityMonitor).parameters
 
 
 def _table_of_tags():

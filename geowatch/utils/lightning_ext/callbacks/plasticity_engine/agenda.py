@@ -24,7 +24,7 @@ class Agenda:
         >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.lightning import Moment
         >>> agenda = Agenda({'weight_mag': 2, 'erank': 'epoch'})
         >>> agenda.begin(Moment(1, epoch=0, is_last=False))
-        >>> agenda.due(1), agenda.wake(['erank'], Moment(1, epoch=0, is_last=False), until_last=8)
+        >>> agenda.due(1), agenda.wake(['erank'], Moment(1, epoch=0, is_last=False), until_end=8)
         (['weight_mag'], 9)
     """
 
@@ -52,18 +52,26 @@ class Agenda:
         return [name for name, schedule in self.schedules.items()
                 if (names is None or name in names) and schedule.is_due(step)]
 
-    def due_in_validation(self, names, moment):
+    def missing(self, moment, names=None):
         """
         Args:
-            names (Collection[str]): to choose from
-            moment (Moment): `is_last` says that no other validation follows in this epoch
+            moment (Moment): as if it were the last one of its epoch
+            names (Collection[str] | None): to choose from; by default all
 
         Returns:
-            List[str]: metrics
+            List[str]: metrics that would have to be measured at it
         """
-        return [name for name in names if self.schedules[name].is_due(moment.step)
-                or (moment.is_last and self.schedules[name].epoch != moment.epoch
-                    and moment.step >= self.schedules[name].not_before)]
+        return [name for name, schedule in self.schedules.items()
+                if (names is None or name in names) and schedule.is_missing(moment)]
+
+    def want(self, names, step):
+        """ Make metrics due at this step, since somebody looks at them. """
+        for name in names:
+            self.schedules[name].want(step)
+
+    def once_per_epoch(self, names):
+        """ Those of some metrics whose interval is an epoch. """
+        return [name for name in names if self.schedules[name].steps is None and self.schedules[name].seconds is None]
 
     def done(self, names, moment):
         """ Note that metrics are measured at this moment. """
@@ -80,14 +88,14 @@ class Agenda:
         """ Forget a metric. """
         self.schedules.pop(name, None)
 
-    def wake(self, names, moment, until_last):
+    def wake(self, names, moment, until_end):
         """
         The first step after this one at which anything can be due.
 
         Args:
             names (Collection[str]): metrics that can be measured at a step
             moment (Moment): of the step that ends
-            until_last (float): how many steps after it the last one of the epoch comes
+            until_end (float): how many steps after it the next comes that may be the last one of the epoch
 
         Returns:
             float:
@@ -97,7 +105,7 @@ class Agenda:
             return following
         wake = min((max(following, self.schedules[name].wake) for name in names), default=math.inf)
         if any(schedule.epoch != moment.epoch for schedule in self.schedules.values()):
-            wake = min(wake, moment.step + until_last)
+            wake = min(wake, moment.step + until_end)
         return wake
 
     # --- durations, on the clock of one process --------------------------------

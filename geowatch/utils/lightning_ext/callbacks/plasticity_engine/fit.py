@@ -6,8 +6,10 @@ they stand here.
 """
 import math
 import time
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
+import torch
 from kwutil import util_pattern
 
 from ..plasticity_metrics import METRICS, PlasticityConfigError
@@ -23,15 +25,21 @@ from .lightning import (
     has_stepped,
     is_last_step,
     is_last_validation,
+    is_over,
+    may_be_last,
     resolve,
     scale_of,
     step_of,
-    steps_until_the_last,
+    steps_until_an_end,
+    timers_of,
+    validates_in_step,
+    watched_by,
 )
 from .measurement import Reading, additive_keys, needing
-from .message import describe, grouped
+from .message import describe, grouped, why_missing
+from .places import new_run, open_lines
 from .processes import Processes
-from .publisher import Publisher
+from .publisher import Publisher, read_memory
 from .say import say, warn
 from .sharding import is_sharded
 from .sinks import FILE_NAME, Sinks
@@ -39,6 +47,7 @@ from .sources import STEP_SOURCES
 from .sources.activations.looks import Looks, layer_paths
 from .sources.activations.modules import FUSED_FUNCTIONS
 from .sources.weights import Trained, parameters_of, wanted, weights_of
+from .steps import LastStep, listen
 
 
 @dataclass(frozen=True)
@@ -61,24 +70,31 @@ class Fit:
         settings (Settings):
         trainer (Trainer): of either package
         beside (Callable | None): see :class:`.sinks.Sinks`
+        nth (int): which of the monitors of this trainer it is
+        run (str | None): the run that this fit goes on with, if it begins with trained weights
 
     Attributes:
         metrics (Dict[str, Metric]): those that are measured still
         source (str | None): 'train' or 'validation', where activations are seen
+        run (str): which its lines are of
         moment (Moment): of the step that goes on
+        last (LastStep): that is over
         first_step (int | None): of this fit, once it has one
     """
 
-    def __init__(self, settings, trainer, beside=None):
+    def __init__(self, settings, trainer, beside=None, nth=0, run=None):
         self.settings = settings
         self.trainer = trainer
         self.metrics = {name: METRICS[name] for name in settings.intervals}
         self.source = None
+        self.run = run
         self.moment = Moment(-1, None, False)
+        self.last = LastStep()
         self.first_step = None
         self.processes = Processes(trainer.world_size, trainer.strategy.root_device)
         # Some loggers broadcast here, so that every rank has to ask.
-        self.sinks = Sinks(trainer, trainer.log_dir, list(self.metrics), settings.per_layer, settings.prog_bar, beside)
+        self._log_dir, self._nth = trainer.log_dir, nth
+        self.sinks = Sinks(trainer, list(self.metrics), settings.per_layer, settings.prog_bar, beside)
         self.budget = None if settings.budget is None else Budget(settings.budget)
         self.faults = Faults(self.processes.rank, self.budget)
         self.looks = Looks(settings.samples, self.processes.count, self._wants, self.faults, self._needing,
@@ -86,6 +102,16 @@ class Fit:
         self.agenda = self.publisher = None  # until the checkpoint is read
         self._restored = {}      # the state of a checkpoint, if the run goes on from one
         self._is_new = False     # whether the network is untrained
+        self._is_open = False    # whether training is sure to begin
+        self._reason = None      # why activations are not, or not quite, seen
+        self._watched = set()    # metrics that other callbacks look at after validation
+        self._timers = []        # which may end the run after a batch
+        self._held = []          # metrics that are read at this step in case it is the last
+        self._held_window = None  # the same of this validation
+        self._has_validated = False
+        self._told = None        # ids of parameters of whose steps Lightning tells; None for all
+        self._handle = None      # of the hook for all others
+        self._scales = False     # whether something scales the loss
         self._sources = {}       # name to StepSource, of the step that goes on
         self._wanted = {}        # path of a layer to whether it is measured
         self._trained = Trained(trainer)
@@ -104,26 +130,57 @@ class Fit:
             raise PlasticityConfigError("Expected a validation loader for source='validation', but there is "
                                         "none. Give one, or set source='train'")
         self._check_patterns(module)
-        self.source, reason = choose_source(settings.source, validates, module)
-        asks = bool(self._of_activations())
+        self.source, self._reason = choose_source(settings.source, validates, module)
+        if not self._of_activations():
+            self._reason = None
         if self.source is None:
             for name in self._of_activations():
                 del self.metrics[name]
         self.agenda = Agenda({name: resolve(settings.intervals[name], metric, trainer)
                               for name, metric in self.metrics.items()},
                              self._of_activations() if self.source == 'train' else (), self.processes.count)
-        if isinstance(self._restored.get('schedules'), dict):
-            self.agenda.load_state_dict(self._restored['schedules'])
-        self.publisher = Publisher(self, self._restored.get('memory'))
+        self.publisher = Publisher(self)
         self._is_new = begins_anew(trainer)
+        self._watched = watched_by(trainer.callbacks) & set(self.metrics)
+        # Processes have clocks of their own.
+        self._timers = timers_of(trainer) if self.processes.count == 1 else []
+        self._restore()
+        if self._is_new or trainer.ckpt_path and 'run' not in self._restored or self.run is None:
+            self.run = new_run()
+
+    def _restore(self):
+        """ Go on from a checkpoint, if there is one. """
+        schedules, watched, run = (self._restored.get(key) for key in ('schedules', 'watched', 'run'))
+        if isinstance(schedules, dict):
+            self.agenda.load_state_dict(schedules)
+        if isinstance(watched, dict):
+            self.sinks.watched.update({tag: torch.tensor(x) for tag, x in watched.items() if isinstance(x, float)})
+        if isinstance(run, str):
+            self.run = run
+        self.publisher.memory = read_memory(self._restored.get('memory'))
+
+    def open(self, module):
+        """ Tell what will be measured, and find a file for it. Training is sure to begin: tuners end before. """
+        if self._is_open:
+            return
+        self._is_open = True
+        trainer = self.trainer
+        covered = {id(param) for optimizer in trainer.optimizers for group in optimizer.param_groups
+                   for param in group['params']}
+        self._scales = getattr(trainer.precision_plugin, 'scaler', None) is not None
+        self._told = covered if module.automatic_optimization else set()
+        if all(id(param) in self._told for weight in weights_of(module).values() for param in parameters_of(weight)):
+            self._told = None
         if not trainer.is_global_zero:
             return
+        self.sinks.run = self.run
+        self.sinks.file = open_lines(trainer, self._log_dir, self.run, self._nth)
         if self.sinks.file is None:
             warn(f'no log folder, so {FILE_NAME} is not written')
         elif not trainer.loggers:
             warn(f'no logger, so values go to {self.sinks.file.fpath} only')
         say(describe(module, self._trained.look(module), self.metrics, self.agenda.schedules, self._wants,
-                     f'{self.source}, {settings.samples} examples', reason if asks else None))
+                     f'{self.source}, {self.settings.samples} examples', self._reason))
 
     def _check_patterns(self, module):
         weights = weights_of(module, self._trained.look(module))
@@ -137,6 +194,7 @@ class Fit:
 
     def start_training(self, module):
         """ Measure the weights before the first step. """
+        self.open(module)
         if self.budget is not None:
             self.budget.start(self.trainer.strategy.root_device)
         self.sinks.show()
@@ -147,27 +205,36 @@ class Fit:
 
     # --- a batch of training --------------------------------------------------------
 
-    def begin_batch(self, module, batch, batch_idx):
+    def begin_batch(self, module, batch):
         """ Find what is due, and look at the batch if it is. """
         trainer = self.trainer
-        step = step_of(trainer)
+        step, epoch = step_of(trainer), trainer.current_epoch
+        self.last.begin_batch(step, epoch)
         # All that a step costs at which nothing is due.
         self._is_awake = (step >= self._wake or trainer.is_last_batch
-                          or trainer.current_epoch != self.moment.epoch)
+                          or epoch != self.moment.epoch)
         if not self._is_awake:
             return
-        self.moment = moment = Moment(step, trainer.current_epoch, is_last_step(trainer, batch_idx))
+        self.moment = moment = Moment(step, epoch, is_last_step(trainer, module))
         if self.first_step is None:
             self._begin_first_step(step)
         self.agenda.begin(moment)
-        due = [name for name in self.agenda.due(step) if not self.metrics[name].sees_activations]
-        for name, source in self._open(due).items():
+        of_steps = [name for name, metric in self.metrics.items() if not metric.sees_activations]
+        if validates_in_step(trainer):
+            self.agenda.want(self._watched.intersection(of_steps), step)
+        due = self.agenda.due(step, of_steps)
+        # Weights can be read at any time; what is there at a step only is read at each that may be the last.
+        self._held = [name for name in self.agenda.missing(moment, of_steps) if name not in due
+                      and set(self.metrics[name].sources) != {'weights'}] if may_be_last(trainer, module) else []
+        for name, source in self._open([*due, *self._held]).items():
             self._sources.setdefault(name, source).fields |= source.fields
         for source in self._seeing_backward():
-            source.begin_batch(self._walk(module), begins_step(trainer, batch_idx))
+            source.begin_batch(self._walk(module), begins_step(trainer))
+        if self._told is not None and self._see_steps():
+            self._handle = listen(lambda optimizer: self._see(module, optimizer, self._told))
         if self.source == 'train':
             self._open_windows(self.agenda.due(step, self._of_activations()), moment)
-            self._look(module, batch, batches_left(trainer, batch_idx))
+            self._look(module, batch, batches_left(trainer))
 
     def _begin_first_step(self, step):
         self.first_step = step
@@ -190,17 +257,35 @@ class Fit:
 
     def before_step(self, module, optimizer):
         """ Let sources see the gradients, and the weights before an optimizer steps. """
-        if self._is_awake and any(name != 'weights' for name in self._sources):
-            own = {id(param) for group in optimizer.param_groups for param in group['params']}
+        self.last.before_step(optimizer, self._scales and scale_of(self.trainer, optimizer) != 1)
+        # Of manual optimization torch tells, also of optimizers that Lightning does not know.
+        if self._is_awake and (self._handle is None or module.automatic_optimization
+                               or not isinstance(optimizer, torch.optim.Optimizer)):
+            self._see(module, optimizer)
+
+    def _see(self, module, optimizer, told=()):
+        if self._see_steps():
+            own = {id(param) for group in optimizer.param_groups for param in group['params']}.difference(told)
             weights = {layer: weight for layer, weight in self._walk(module).items()
                        if any(id(param) in own for param in parameters_of(weight))}
             for source in self._sources.values():
                 source.before_step(weights, scale_of(self.trainer, optimizer))
 
-    def end_batch(self, module, batch, batch_idx):
-        """ Measure what was due at this step. """
-        if not self._is_awake:
-            return
+    def _see_steps(self):
+        return any(name != 'weights' for name in self._sources)
+
+    def end_batch(self, module, batch):
+        """ Measure what was due at this step, and what is left where it turns out to be the last. """
+        if not module.automatic_optimization:
+            self.last.end_batch()
+        if self._is_awake:
+            self._measure_step(module, batch)
+            self._is_awake = False
+        if is_over(self.trainer, self._timers):
+            self.conclude(module, ('step',))  # a validation may follow
+
+    def _measure_step(self, module, batch):
+        self._stop_listening()
         self._look_away(batch)
         step, stepped, readings = self.moment.step, has_stepped(self.trainer), []
         if self.source == 'train':
@@ -212,27 +297,46 @@ class Fit:
         if stepped:
             names = [name for name in self.metrics if not self.metrics[name].sees_activations
                      and self.agenda.schedules[name].is_due(step)]
-            if names:
-                readings.append(self._step_reading(module, names, self.moment))
+            if names or self._held:
+                reading = self._step_reading(module, names, self.moment)
+                readings += [reading] if names else []
+                if self._held:
+                    self.last.hold('step', replace(reading, metrics=self._held))
         self.publisher.publish(readings, asks=stepped and self.agenda.asks_the_time(step))
         if stepped:
-            self._wake = self._next_step(module, batch_idx)
+            self._wake = self._next_step(module)
 
-    def _next_step(self, module, batch_idx):
+    def _next_step(self, module):
         """ The first step after this one at which anything can be due; see also begin_batch. """
         if self.source == 'train' and self.looks.windows:
             return self.moment.step + 1
         in_steps = [name for name, metric in self.metrics.items()
                     if not metric.sees_activations or self.source == 'train']
-        return self.agenda.wake(in_steps, self.moment, steps_until_the_last(self.trainer, module, batch_idx))
+        return self.agenda.wake(in_steps, self.moment, steps_until_an_end(self.trainer, module))
 
-    def end_epoch(self):
-        """ Measure what an epoch that ended early has left. """
+    def conclude(self, module, places=('step', 'validation')):
+        """ Measure what the last step has left, where nobody could know before that it would be the last. """
         self.looks.look_away()
-        if self.source == 'train' and self.looks.windows:
-            # The step counter is one ahead.
-            moment = Moment(step_of(self.trainer) - 1, self.trainer.current_epoch, True)
-            self.publisher.publish([self._window_reading(window, moment, final=True) for window in self.looks.windows])
+        self._close_sources()
+        moment = self.last.moment
+        if moment is None:
+            return
+        windows = self.looks.windows if self.source == 'train' else []
+        missing = self.agenda.missing(moment)
+        readings = [self._window_reading(window, moment, final=True) for window in windows]
+        readings += [reading for place in places for reading in self.last.take(place, missing, moment)]
+        for reading in readings:
+            if reading.window is not None and not reading.window.start:
+                self.agenda.done(reading.metrics, reading.moment)
+        taken = {name for reading in readings for name in reading.metrics}
+        left = [name for name in missing if name not in taken
+                and set(self.metrics[name].sources) <= {'weights', 'gradients'}]
+        if left:
+            self._sources = self._open(left)
+            if 'gradients' in self._sources and self.last.gradients_are_left:
+                self._sources['gradients'].before_step(self._walk(module), 1.)
+            readings.append(self._step_reading(module, left, moment))
+        self.publisher.publish(readings)
 
     # --- validation ---------------------------------------------------------------------
 
@@ -240,12 +344,25 @@ class Fit:
         """ Find which activations are due: those of the untrained network in the sanity check. """
         if self.source != 'validation':
             return
-        trainer = self.trainer
-        moment = Moment(step_of(trainer), trainer.current_epoch, is_last_validation(trainer))
-        if not trainer.sanity_checking:
-            self._open_windows(self.agenda.due_in_validation(self._of_activations(), moment), moment)
-        elif self._is_new:
-            self._open_start()
+        if self.trainer.sanity_checking:
+            if self._is_new:
+                self._open_start()
+            return
+        self._has_validated = True
+        names, moment, is_last = self._of_activations(), self._validated(), is_last_validation(self.trainer)
+        self.agenda.want(self._watched.intersection(names), moment.step)
+        if is_last is None:
+            self.agenda.want(self.agenda.once_per_epoch(names), moment.step)
+        due = self.agenda.missing(moment, names) if is_last else self.agenda.due(moment.step, names)
+        self._open_windows(due, moment)
+        held = self.agenda.missing(moment, names)
+        self.looks.open(held, self._fields(held, 'activations'))
+        self._held_window = self.looks.windows[-1] if held else None
+
+    def _validated(self):
+        """ The moment of what is validated: the network after the last step, which a batch of None has not made. """
+        step = step_of(self.trainer) if self.last.moment is None else self.last.moment.step
+        return Moment(step, self.trainer.current_epoch, True)
 
     def begin_validation_batch(self, module, batch, batch_idx, dataloader_idx):
         """ Look at the batch if a window wants more. """
@@ -264,8 +381,12 @@ class Fit:
     def end_validation(self):
         """ Measure what was seen, before EarlyStopping reads it. """
         if self.source == 'validation' and self.looks.windows:
-            moment = Moment(step_of(self.trainer), self.trainer.current_epoch, True)
+            held, self._held_window = self._held_window, None
+            moment = self._validated()
             readings = [self._window_reading(window, moment, final=True) for window in self.looks.windows]
+            if held in self.looks.windows:
+                self.last.hold('validation', readings.pop(self.looks.windows.index(held)))
+                self.looks.close(held)
             self.publisher.publish(readings)
             if self.settings.source == 'auto':
                 self._look_elsewhere(readings)
@@ -283,13 +404,30 @@ class Fit:
 
     # --- the end --------------------------------------------------------------------------
 
+    def fail(self, module):
+        """ Measure what an exception has left. Other processes would have to help, which may not have failed. """
+        if self._is_open and self.processes.count == 1:
+            self._restored = self.state_dict()  # a run that goes on from here measures it where it ends
+            with self.faults.guard(list(self.metrics)):
+                self.conclude(module)
+        self.interrupt()
+
     def interrupt(self):
         """ Leave nothing behind, whatever happened. """
         self.looks.look_away()
+        self._close_sources()
+        self.faults.say()
+
+    def _close_sources(self):
+        self._stop_listening()
         for source in self._sources.values():
             source.close()
         self._sources = {}
-        self.faults.say()
+
+    def _stop_listening(self):
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
 
     def give_up(self):
         """ What has failed outside of any metric, inside an except block, costs all of them. """
@@ -305,12 +443,13 @@ class Fit:
         """
         self.interrupt()
         self.sinks.close()
-        if not self.trainer.is_global_zero or self.publisher is None:
+        if not self.trainer.is_global_zero or not self._is_open:
             return None
-        missed = [name for name in self.metrics if name not in self.publisher.measured]
+        missed = [metric for name, metric in self.metrics.items() if name not in self.publisher.measured]
         if missed:
-            why = self.looks.why_nothing() if set(missed) & set(self._of_activations()) else None
-            say(f'PlasticityMonitor: asked for and never measured: {", ".join(missed)}' + (why and f' ({why})' or ''))
+            looked = self.source == 'train' or self._has_validated
+            say(why_missing(missed, self.last.moment is not None,
+                            self.looks.why_nothing() if looked else 'no validation ran'))
         return self.sinks.folder if self.publisher.measured else None
 
     def state_dict(self):
@@ -318,13 +457,18 @@ class Fit:
         if self.publisher is None:
             return {}
         schedules = self.agenda.state_dict()
-        for name in (name for window in self.looks.windows if not window.start for name in window.metrics):
-            schedules[name].update(next=0, epoch=None)  # due again, since what it has seen is not saved
-        return {'version': 2, 'time': time.time(), 'schedules': schedules, 'memory': self.publisher.state_dict()}
+        for window in self.looks.windows:
+            if not window.start and window is not self._held_window:
+                for name in window.metrics:
+                    schedules[name].update(next=0, epoch=None)  # due again, since what it has seen is not saved
+        return {'version': 2, 'time': time.time(), 'schedules': schedules, 'memory': self.publisher.state_dict(),
+                'run': self.run, 'watched': {tag: float(x) for tag, x in self.sinks.watched.items()}}
 
     def load_state_dict(self, state):
         """ Go on from a checkpoint, which may be of another version: what cannot be read is left alone. """
         self._restored = state if isinstance(state, dict) else {}
+        if self.publisher is not None:  # of strategies that read it late
+            self._restore()
 
     def _drop_lines_after_checkpoint(self, is_stale):
         """ A run that goes on from a checkpoint measures what came after it once more. """
@@ -440,7 +584,7 @@ def read_patterns(layers):
     parts = [layers] if isinstance(layers, str) else layers
     if parts is None:
         return []
-    if not isinstance(parts, (list, tuple)) or not all(isinstance(part, str) for part in parts):
+    if not isinstance(parts, Sequence) or not all(isinstance(part, str) for part in parts):
         raise PlasticityConfigError('Expected `layers` to be patterns of layer names, separated by commas or in '
                                     f'a list, but got {layers!r}')
     names = [name.strip() for part in parts for name in part.split(',') if name.strip()]

@@ -34,9 +34,14 @@ def step_of(trainer) -> int:
     return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
-def begins_step(trainer, batch_idx: int) -> bool:
+def batch_of(trainer) -> int:
+    """ Index in the epoch of the batch that goes on. The hooks have an old one where a step takes dataloader_iter. """
+    return trainer.fit_loop.epoch_loop.batch_idx
+
+
+def begins_step(trainer) -> bool:
     """ Whether the batch that begins is the first micro-batch of its step. """
-    return batch_idx % trainer.accumulate_grad_batches == 0
+    return batch_of(trainer) % trainer.accumulate_grad_batches == 0
 
 
 def has_stepped(trainer) -> bool:
@@ -49,10 +54,10 @@ def begins_anew(trainer) -> bool:
     return not trainer.ckpt_path and step_of(trainer) == 0
 
 
-def batches_left(trainer, batch_idx: int, dataloader_idx: int | None = None) -> float:
-    """ How many batches there will be, this one included; inf where that is not known. """
-    if dataloader_idx is None:
-        return trainer.num_training_batches - batch_idx
+def batches_left(trainer, batch_idx: int | None = None, dataloader_idx: int | None = None) -> float:
+    """ How many batches there will be, this one included; inf where that is not known. In training without indices. """
+    if batch_idx is None:
+        return trainer.num_training_batches - batch_of(trainer)
     batches = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
     batches = list(batches)[dataloader_idx:] if isinstance(batches, (list, tuple)) else [batches]
     return sum(batches) - batch_idx
@@ -65,24 +70,82 @@ def resolve(interval, metric, trainer):
     return trainer.log_every_n_steps if metric.every == 'log' and trainer.log_every_n_steps else 'epoch'
 
 
-def is_last_step(trainer, batch_idx):
-    """ Whether the optimizer step that this batch belongs to is the last one of the epoch. """
-    if trainer.is_last_batch or 0 < trainer.max_steps <= trainer.global_step + max(1, len(trainer.optimizers)):
+def is_last_step(trainer, pl_module) -> bool:
+    """ Whether the optimizer step that this batch belongs to is the last one of the epoch, as far as that is known. """
+    # Manual optimization may step any number of times in a batch: see may_be_last.
+    if trainer.is_last_batch or (pl_module.automatic_optimization and 0 < trainer.max_steps <= trainer.global_step + 1):
         return True
     batches, accumulate = trainer.num_training_batches, trainer.accumulate_grad_batches
-    return batches != math.inf and batch_idx // accumulate == (batches - 1) // accumulate
+    return batches != math.inf and batch_of(trainer) // accumulate == (batches - 1) // accumulate
 
 
-def steps_until_the_last(trainer, pl_module, batch_idx):
-    """ How many steps after this one the last one of the epoch comes, as far as that is known. """
+def validates_in_step(trainer) -> bool:
+    """ Whether validation follows a batch of this step. """
+    return batches_until_validation(trainer) < trainer.accumulate_grad_batches - (
+        batch_of(trainer) % trainer.accumulate_grad_batches)
+
+
+def may_be_last(trainer, pl_module) -> bool:
+    """ Whether the run may well end with this step: in validation, or with the steps that a batch takes. """
+    if validates_in_step(trainer):
+        return True
+    if pl_module.automatic_optimization or trainer.max_steps <= 0:
+        return False
+    steps, batches = trainer.global_step, step_of(trainer)
+    return not batches or trainer.max_steps - steps <= 2 * steps / batches
+
+
+def is_over(trainer, timers) -> bool:
+    """
+    Whether no batch follows in this epoch, as far as that is known when one has ended, but for max_steps.
+
+    Args:
+        trainer (Trainer):
+        timers (List[Timer]): those of Lightning among the callbacks, which may come later than we do
+    """
+    if trainer.is_last_batch:
+        return True
+    stops = trainer.should_stop or (timers and any(timer.time_remaining() <= 0 for timer in timers))
+    return bool(stops) and trainer.fit_loop._can_stop_early
+
+
+def timers_of(trainer) -> list:
+    """ Those that end a run after a batch, as max_time does. """
+    return [callback for callback in trainer.callbacks if type(callback).__name__ == 'Timer'
+            and callback.time_remaining() is not None and getattr(callback, '_interval', None) == 'step']
+
+
+def batches_until_validation(trainer) -> float:
+    """ How many batches after this one the next validation of this epoch follows one; inf where that is not known. """
+    every, loop = trainer.val_check_batch, trainer.fit_loop.epoch_loop
+    if not every or every == math.inf or not trainer.enable_validation or not loop._should_check_val_epoch():
+        return math.inf
+    index = loop.batch_idx if trainer.check_val_every_n_epoch is not None else loop.total_batch_idx
+    return every - 1 - index % every
+
+
+def steps_until_an_end(trainer, pl_module) -> float:
+    """ How many steps after this one the next comes that may be the last one of the epoch, as far as that is known. """
     left = math.inf
     batches, accumulate = trainer.num_training_batches, trainer.accumulate_grad_batches
+    batch = batch_of(trainer)
     if batches != math.inf:
-        left = (batches - 1) // accumulate - batch_idx // accumulate
+        left = (batches - 1) // accumulate - batch // accumulate
     if trainer.max_steps > 0:
         # Manual optimization may step any number of times in a batch.
         left = min(left, trainer.max_steps - trainer.global_step if pl_module.automatic_optimization else 1)
+    validation = batches_until_validation(trainer)
+    if validation == 0:
+        validation = trainer.val_check_batch
+    if validation != math.inf:
+        left = min(left, (batch + validation) // accumulate - batch // accumulate)
     return max(left, 1)
+
+
+def watched_by(callbacks) -> set[str]:
+    """ The metrics that other callbacks look at after validation, as EarlyStopping and ModelCheckpoint do. """
+    tags = (getattr(callback, 'monitor', None) for callback in callbacks)
+    return {tag.removeprefix('plasticity/') for tag in tags if isinstance(tag, str)}
 
 
 def steps_of(schedule, trainer, steps, seconds):
@@ -94,12 +157,14 @@ def steps_of(schedule, trainer, steps, seconds):
     return min(schedule.steps or epoch, max(epoch, 1))
 
 
-def is_last_validation(trainer):
-    """ Whether no other validation follows in this epoch; True as well where that is unknown. """
-    every, batches = trainer.val_check_batch, trainer.num_training_batches
-    if trainer.is_last_batch or every is None or math.isinf(every) or math.isinf(batches):
+def is_last_validation(trainer) -> bool | None:
+    """ Whether no other validation follows in this epoch; None where that is not known, as with streams. """
+    every, batches, loop = trainer.val_check_batch, trainer.num_training_batches, trainer.fit_loop
+    if loop.epoch_loop._is_training_done or (trainer.should_stop and loop._can_stop_early):
         return True
-    return batches - (trainer.fit_loop.epoch_loop.batch_idx + 1) < every
+    if every is None or math.isinf(batches):
+        return None
+    return batches - (batch_of(trainer) + 1) < every
 
 
 def scale_of(trainer, optimizer):

@@ -96,6 +96,42 @@ def _some(names):
     return ', '.join(names[:_NAMED]) + (f' and {len(names) - _NAMED} more' if len(names) > _NAMED else '')
 
 
+def why_missing(metrics, has_stepped, why_not_seen):
+    """
+    One message on what was never measured.
+
+    Args:
+        metrics (List[Metric]): at least one
+        has_stepped (bool): whether any optimizer step was made
+        why_not_seen (str | None): why there were no activations to measure
+
+    Returns:
+        str: a line
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import METRICS
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.message import why_missing
+        >>> why_missing([METRICS['dead_units']], True, 'no validation ran')
+        'PlasticityMonitor: asked for and never measured: dead_units (no validation ran)'
+    """
+    whys = {}
+    for metric in metrics:
+        whys.setdefault(_why(metric, has_stepped, why_not_seen), []).append(metric.name)
+    said = '; '.join(f'{", ".join(names)} ({why})' for why, names in whys.items())
+    return f'PlasticityMonitor: asked for and never measured: {said}'
+
+
+def _why(metric, has_stepped, why_not_seen):
+    if not has_stepped:
+        return 'no optimizer step was made'
+    if metric.sees_activations:
+        return why_not_seen or 'no activation of a watched layer was seen'
+    if set(metric.sources) == {'weights'}:
+        return 'there was none of the watched weights'
+    return ('no optimizer stepped with a gradient of a watched weight at a step at which it was due, or nobody could '
+            'know before that the step would be the last')
+
+
 def _every(schedule):
     if schedule.steps:
         return 'every step' if schedule.steps == 1 else f'every {schedule.steps} steps'

@@ -103,6 +103,14 @@ class Schedule:
         """ Whether it is due at this step (int). """
         return step >= self.next and step >= self.not_before
 
+    def is_missing(self, moment):
+        """ Whether it would have to be measured at this moment if it were the last one of its epoch. """
+        return moment.step >= self.not_before and (moment.epoch != self.epoch or moment.step >= self.next)
+
+    def want(self, step):
+        """ Make it due at this step (int), since somebody looks at it. """
+        self.next = min(self.next, step)
+
     @property
     def wake(self):
         """ The first step at which it can be due without anything new. """

@@ -1,6 +1,7 @@
 """
 Where results go: loggers, what other callbacks watch, and a file with a line for each measurement.
 """
+import contextlib
 import errno
 import json
 import math
@@ -64,12 +65,39 @@ class JsonLines:
     """
 
     most = 1 << 26
+    failures = OSError
+    is_local = True
 
     def __init__(self, fpath):
         self.fpath = Path(fpath)
         self.found_full = False
         self._waiting = ''
         self._warned = False
+
+    def claim(self, run):
+        """
+        Make the file, unless it is there already.
+
+        Args:
+            run (str): that will write to it
+
+        Returns:
+            bool: whether it is this run's: new, or with lines of it, or of no run at all
+        """
+        try:
+            self.fpath.parent.mkdir(parents=True, exist_ok=True)
+            self.fpath.open('x').close()
+        except FileExistsError:
+            with contextlib.suppress(OSError):
+                return self._is_of(run, self._read())
+        except OSError:
+            pass  # writing will say so
+        return True
+
+    @staticmethod
+    def _is_of(run, text):
+        # One that is empty was made by a run that is about to write.
+        return f'"run": {json.dumps(run)}' in text or bool(text) and '"metric"' not in text
 
     def add(self, rows):
         """
@@ -79,20 +107,10 @@ class JsonLines:
         # The words of a user's metric may be anything.
         self._waiting += ''.join(json.dumps(row, default=str) + '\n' for row in rows)
         try:
-            self.fpath.parent.mkdir(parents=True, exist_ok=True)
-            # Without a buffer, which would be written once more when the file is closed.
-            with open(self.fpath, 'ab+', buffering=0) as file:
-                self._mend(file)
-                start, data = file.seek(0, 2), self._waiting.encode()
-                try:
-                    while data:
-                        data = data[file.write(data):]
-                except OSError:
-                    file.truncate(start)  # half of it would be there twice
-                    raise
+            self._append(self._waiting.encode())
             self._waiting, self.found_full = '', False
-        except OSError as ex:
-            self.found_full = ex.errno in _FULL
+        except self.failures as ex:
+            self.found_full = getattr(ex, 'errno', None) in _FULL
             if len(self._waiting) > self.most:
                 self._waiting = self._waiting[self._waiting.find('\n', -self.most // 2) + 1:]
             if not self._warned:
@@ -114,6 +132,27 @@ class JsonLines:
             return self.fpath.exists()
         except OSError:
             return False
+
+    def _append(self, data):
+        self.fpath.parent.mkdir(parents=True, exist_ok=True)
+        # Without a buffer, which would be written once more when the file is closed.
+        with open(self.fpath, 'ab+', buffering=0) as file:
+            self._mend(file)
+            start = file.seek(0, 2)
+            try:
+                while data:
+                    data = data[file.write(data):]
+            except OSError:
+                file.truncate(start)  # half of it would be there twice
+                raise
+
+    def _read(self):
+        return self.fpath.read_text(errors='replace') if self.fpath.exists() else ''
+
+    def _replace(self, text):
+        part = self.fpath.with_suffix('.part')
+        part.write_text(text)
+        part.replace(self.fpath)
 
     @staticmethod
     def _mend(file):
@@ -144,14 +183,11 @@ class JsonLines:
             except (ValueError, TypeError, KeyError, RecursionError):
                 return line.endswith('\n')  # somebody else's
         try:
-            if self.fpath.exists():
-                lines = self.fpath.read_text(errors='replace').splitlines(keepends=True)
-                kept = [line for line in lines if stays(line)]
-                if len(kept) < len(lines):
-                    part = self.fpath.with_suffix('.part')
-                    part.write_text(''.join(kept))
-                    part.replace(self.fpath)
-        except OSError as ex:
+            lines = self._read().splitlines(keepends=True)
+            kept = [line for line in lines if stays(line)]
+            if len(kept) < len(lines):
+                self._replace(''.join(kept))
+        except self.failures as ex:
             warn(f'lines in {self.fpath} of steps that are trained again stay there ({ex})')
 
 
@@ -229,7 +265,6 @@ class Sinks:
 
     Args:
         trainer (Trainer):
-        log_dir (str | PathLike | None): for the file; None for no file
         tags (List[str]): what will be logged, under ``plasticity/``
         per_layer (bool): whether each layer has a tag
         prog_bar (bool): whether the progress bar shows the values
@@ -237,23 +272,24 @@ class Sinks:
             something beside its first lines
 
     Attributes:
-        file (JsonLines | None): where lines go
+        file (JsonLines | None): where lines go, once it is known
+        run (str | None): which its lines are of
 
     Example:
-        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sinks import Sinks
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sinks import JsonLines, Sinks
         >>> import pytorch_lightning as pl
         >>> import ubelt as ub
         >>> dpath = ub.Path.appdir('geowatch/tests/sinks').delete().ensuredir()
         >>> trainer = pl.Trainer(logger=False, accelerator='cpu', default_root_dir=dpath)
-        >>> sinks = Sinks(trainer, dpath, ['erank'])
+        >>> sinks = Sinks(trainer, ['erank'])
+        >>> sinks.file = JsonLines(dpath / 'plasticity.jsonl')
         >>> sinks.write([{'metric': 'erank', 'step': 4, 'epoch': 0, 'time': 0., 'value': 3., 'layers': {}}])
         >>> sinks.watched['plasticity/erank'].item(), len((dpath / 'plasticity.jsonl').read_text().splitlines())
         (3.0, 1)
     """
 
-    def __init__(self, trainer, log_dir, tags, per_layer=False, prog_bar=False, beside=None):
-        # A relative folder is where it was before the run went elsewhere.
-        self.file = None if log_dir is None else JsonLines(Path(log_dir).absolute() / FILE_NAME)
+    def __init__(self, trainer, tags, per_layer=False, prog_bar=False, beside=None):
+        self.file = self.run = None
         self._trainer = trainer
         self._loggers = Loggers(trainer.loggers, tags, [('The progress bar', self._show_in_bar)] if prog_bar else [],
                                 lambda: self.file is not None and self.file.found_full)
@@ -277,7 +313,7 @@ class Sinks:
         plain_rows = [{**row, 'value': plain(row['value']), 'layers': {
             layer: {key: plain(x) for key, x in own.items()} for layer, own in row['layers'].items()}} for row in rows]
         if self.file is not None:
-            self.file.add(plain_rows)
+            self.file.add([{**row, 'run': self.run} for row in plain_rows])
             self._put_beside()
         scalars = {f'plasticity/{name}': value for name, value in values.items()}
         if self._per_layer:
@@ -288,7 +324,8 @@ class Sinks:
     @property
     def folder(self):
         """ Path of the file's folder, or None where no file is. """
-        return self.file.fpath.parent if self.file is not None and self.file.is_there else None
+        is_seen = self.file is not None and self.file.is_local and self.file.is_there
+        return self.file.fpath.parent if is_seen else None
 
     def _show_in_bar(self, scalars, step, rows):
         show_in_progress_bar(self._trainer, {row['metric']: scalars[f'plasticity/{row["metric"]}'] for row in rows})
@@ -298,9 +335,9 @@ class Sinks:
         self._trainer.callback_metrics.update(self.watched)
 
     def drop(self, is_stale):
-        """ Leave out lines of the file, see :meth:`JsonLines.drop`. """
+        """ Leave out lines of this run from the file, see :meth:`JsonLines.drop`. """
         if self._trainer.is_global_zero and self.file is not None:
-            self.file.drop(is_stale)
+            self.file.drop(lambda row: row['run'] == self.run and is_stale(row))
 
     def close(self):
         """ Write what could not be written before. """
@@ -309,7 +346,7 @@ class Sinks:
         self._loggers.close()
 
     def _put_beside(self):
-        if self._beside is None:
+        if self._beside is None or not self.file.is_local:
             return
         beside, self._beside = self._beside, None
         try:

@@ -4,7 +4,7 @@ What a metric is, and the registry of all of them.
 import dataclasses
 import difflib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from ._errors import PlasticityConfigError
 from ._vocabulary import OF_A_LAYER, SOURCES, Need
@@ -202,7 +202,7 @@ def parse_metrics(metrics: str | list[str]) -> dict[str, str | None]:
         ['weight_mag', 'grad_mag', 'grad_norm', 'dead_units', 'erank', 'feature_erank']
     """
     items = metrics.split(',') if isinstance(metrics, str) else metrics
-    if not isinstance(items, (list, tuple)) or not all(isinstance(item, str) for item in items):
+    if not isinstance(items, Sequence) or not all(isinstance(item, str) for item in items):
         raise PlasticityConfigError(
             f'Expected `metrics` to be names separated by commas or a list of names, but got {metrics!r}')
     named, of_groups, groups = {}, {}, [group for group in GROUPS if members(group)]

@@ -7,6 +7,7 @@ crashed in the middle of a line, or that was resumed from an older checkpoint.
 import dataclasses
 import glob
 import json
+import math
 import re
 from pathlib import Path
 
@@ -106,9 +107,9 @@ def load_runs(patterns):
         for folder in folders:
             if folder not in parts:
                 try:
-                    parts[folder] = _load_part(folder)
+                    parts[folder] = _load_parts(folder)
                 except OSError as ex:
-                    parts[folder] = None
+                    parts[folder] = []
                     missing.append(f'{folder / MEASUREMENTS}: it could not be read ({ex.strerror}) and is left out')
         if not found:
             missing.append(f'{pattern}: no such file or folder')
@@ -116,12 +117,17 @@ def load_runs(patterns):
             missing.append(f'{pattern}: no {MEASUREMENTS} in it. Was PlasticityMonitor among the callbacks?')
         elif not any(parts[folder] for folder in folders):
             missing.append(f'{pattern}: {MEASUREMENTS} holds no measurement yet')
-    runs = []
-    for part in filter(None, parts.values()):
+    runs, of_id = [], {}
+    for part in (part for own in parts.values() for part in own):
+        if part.run in of_id:
+            of_id[part.run].append(part)
+            continue
         if runs and _goes_on(runs[-1][-1], part):
             runs[-1].append(part)
         else:
             runs.append([part])
+        if part.run is not None:
+            of_id[part.run] = runs[-1]
     runs = [_join(parts) for parts in runs]
     for run, name in zip(runs, _names([run.folders[0] for run in runs]), strict=True):
         run.name = readable(name)
@@ -131,8 +137,6 @@ def load_runs(patterns):
 def _log_folders(path):
     if path.is_file():
         return [path.parent] if path.name == MEASUREMENTS else []
-    if (path / MEASUREMENTS).is_file():
-        return [path]
     return [fpath.parent for fpath in path.rglob(MEASUREMENTS) if fpath.is_file()]
 
 
@@ -148,6 +152,7 @@ def _natural(path):
 @dataclasses.dataclass
 class _Part:
     folder: Path
+    run: str | None  # as its lines say, None where they are older
     rows: list
     settings: dict
     notes: list
@@ -157,11 +162,37 @@ class _Part:
         return min((row['epoch'] for row in self.rows if row['epoch'] is not None), default=0)
 
 
-def _load_part(folder):
+def _load_parts(folder):
+    """ What a folder has of each run that has written there. """
     rows, notes = _read_measurements(folder / MEASUREMENTS)
-    if rows:
-        settings, odd = read_settings(folder)
-        return _Part(folder, rows, settings, notes + odd)
+    if not rows:
+        return []
+    settings, odd = read_settings(folder)
+    parts = [_Part(folder, run, own, settings, notes + odd) for run, own in _by_run(rows)]
+    if len(parts) > 1:
+        for part in parts:
+            part.notes = [*part.notes, f'{len(parts)} runs have written to {folder / MEASUREMENTS}: settings and '
+                                       'losses beside it may be of another of them']
+    return parts
+
+
+def _by_run(rows):
+    """
+    Rows of one file by the runs that they are of.
+
+    Older lines do not say it. Among these another run begins where a metric
+    begins again at the very first step, as in no run that goes on.
+    """
+    runs, old, metrics, first, last = {}, 0, set(), math.inf, -math.inf
+    for row in rows:
+        run = row.pop('run')
+        if run is None:
+            if row['metric'] in metrics and row['step'] <= first < last:
+                old, metrics, first, last = old + 1, set(), math.inf, -math.inf
+            metrics.add(row['metric'])
+            first, last = min(first, row['step']), max(last, row['step'])
+        runs.setdefault((run, old if run is None else None), []).append(row)
+    return [(run, own) for (run, _), own in runs.items()]
 
 
 def _read_measurements(fpath):
@@ -195,7 +226,8 @@ def _checked(row):
         return None
     metric, epoch, samples = readable(str(row['metric'])), row.get('epoch'), row.get('samples')
     checked = {
-        'metric': metric, 'step': whole(row['step'], least=-1),  # of the untrained network
+        'metric': metric, 'run': row.get('run') and readable(str(row['run'])),
+        'step': whole(row['step'], least=-1),  # of the untrained network
         'epoch': None if epoch is None else whole(epoch),
         'samples': None if samples is None else whole(samples),
         'value': finite(row['value']),
@@ -209,8 +241,8 @@ def _checked(row):
 
 def _goes_on(before, part):
     """ Is this the log folder that Lightning made when the run before was resumed? """
-    return (part.folder.parent == before.folder.parent and part.first_epoch > before.first_epoch
-            and part.settings == before.settings)
+    return (part.folder != before.folder and part.folder.parent == before.folder.parent
+            and part.first_epoch > before.first_epoch and part.settings == before.settings)
 
 
 def _join(parts):
@@ -262,10 +294,13 @@ def _names(folders):
     depth = max((len(folder.parts) for folder in folders), default=0)
     columns = [[folder.parts[i] if i < len(folder.parts) else '' for folder in folders] for i in range(depth)]
     shared = [len(set(column)) == 1 for column in columns]
-    if len(folders) == 1:
+    if len(set(folders)) == 1:
         telling = [part for part in folders[0].parts if not GENERIC.fullmatch(part)]
-        return [telling[-1]]
+        return [telling[-1]] if len(folders) == 1 else [f'{telling[-1]} ({i})' for i in range(1, len(folders) + 1)]
     every = [[part for i, part in enumerate(folder.parts) if not shared[i]] for folder in folders]
     telling = [[part for part in parts if not GENERIC.fullmatch(part)] for parts in every]
-    best = telling if all(telling) and len(set(map(tuple, telling))) == len(folders) else every
-    return ['/'.join(parts) or folder.name for parts, folder in zip(best, folders, strict=True)]
+    best = telling if all(telling) and len(set(map(tuple, telling))) == len(set(folders)) else every
+    names = ['/'.join(parts) or folder.name for parts, folder in zip(best, folders, strict=True)]
+    # Several runs may have written to one file.
+    return [f'{name} ({names[:i].count(name) + 1})' if names.count(name) > 1 else name
+            for i, name in enumerate(names)]

@@ -160,8 +160,8 @@ class Looks:
         return [window for window in self.windows if window.poll.is_due(window.batches)]
 
     def close(self, window):
-        """ Note that a window has been measured. """
-        self.windows.remove(window)
+        """ Note that a window sees no more. """
+        self.windows = [other for other in self.windows if other is not window]
 
     def drop(self, name):
         """ Forget a metric. """
