@@ -47,7 +47,7 @@ from .sources import STEP_SOURCES
 from .sources.activations.looks import Looks, layer_paths
 from .sources.activations.modules import FUSED_FUNCTIONS
 from .sources.weights import Trained, parameters_of, wanted, weights_of
-from .steps import LastStep, listen
+from .last_step import LastStep, listen
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ class LastStep:
         moment (Moment | None): of the last step that is over, if there is one
 
     Example:
-        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.steps import LastStep
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.last_step import LastStep
         >>> import torch
         >>> last, weight = LastStep(), torch.nn.Parameter(torch.ones(2, 2))
         >>> optimizer = torch.optim.SGD([weight], lr=0.1)
@@ -104,7 +104,7 @@ def listen(before_step):
         RemovableHandle: of torch
 
     Example:
-        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.steps import listen
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.last_step import listen
         >>> import torch
         >>> seen = []
         >>> handle = listen(lambda optimizer: seen.append(type(optimizer).__name__))
