@@ -25,7 +25,8 @@ from geowatch.utils.lightning_ext.callbacks.plasticity_engine.statistics.calls i
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.statistics.tensors import functions_of
 from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import METRICS, members
 
-TAGS = tuple(members('paper'))
+# What is measured by default.
+TAGS = (*members('paper'), 'update_ratio')
 
 
 def of_source(*sources):
@@ -154,7 +155,8 @@ def finish(name, totals):
     """ The value of the network, and the columns of each layer, from additive statistics. """
     def guard(*args):
         return contextlib.nullcontext()
-    return evaluate(METRICS[name], *to_host([derive(totals, needed_keys([METRICS[name]]), guard)]))
+    columns, layers = evaluate(METRICS[name], *to_host([derive(totals, needed_keys([METRICS[name]]), guard)]))
+    return columns['value'], layers
 
 
 def measure_tensors(name, tensors):

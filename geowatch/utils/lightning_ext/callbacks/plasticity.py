@@ -40,8 +40,8 @@ class PlasticityMonitor(*_BASES):
     Args:
         metrics (str | List[str]): names or groups separated by commas, a list
             of them, or 'all'. Each may carry its own interval:
-            ``'weight_mag@1,ranks@epoch'``. Groups are 'paper', 'units' and
-            'ranks'.
+            ``'weight_mag@1,ranks@epoch'``. Groups are 'paper', 'tuning',
+            'units' and 'ranks'.
         interval (int | str): a number of optimizer steps, 'epoch', a duration
             such as '5 minutes', or 'auto': weights and gradients every
             ``log_every_n_steps`` of the trainer, ranks and activations once
@@ -96,7 +96,7 @@ class PlasticityMonitor(*_BASES):
         [-1, 0, 1, 2, 3]
     """
 
-    def __init__(self, metrics='paper', interval='auto', source='auto', samples=2000, layers=None, per_layer=False,
+    def __init__(self, metrics='paper,update_ratio', interval='auto', source='auto', samples=2000, layers=None, per_layer=False,
                  prog_bar=False, budget=None):
         self.metrics = metrics
         self.interval = interval

@@ -15,6 +15,7 @@ from ..plasticity_metrics import METRICS, PlasticityConfigError
 from .agenda import Agenda
 from .budget import Budget
 from .faults import Faults
+from .notes import Notes
 from .lightning import (
     Moment,
     batches_left,
@@ -26,6 +27,7 @@ from .lightning import (
     is_last_validation,
     resolve,
     scale_of,
+    scaler_of,
     step_of,
     steps_until_the_last,
 )
@@ -82,6 +84,7 @@ class Fit:
         self.faults = Faults(self.processes.rank, self.budget)
         self.looks = Looks(settings.samples, self.processes.count, self._wants, self.faults, self._needing)
         self.agenda = self.publisher = None  # until the checkpoint is read
+        self.notes = Notes()
         self._restored = {}      # the state of a checkpoint, if the run goes on from one
         self._is_new = False     # whether the network is untrained
         self._sources = {}       # name to StepSource, of the step that goes on
@@ -186,6 +189,7 @@ class Fit:
         if self._is_awake and any(name != 'weights' for name in self._sources):
             own = {id(param) for group in optimizer.param_groups for param in group['params']}
             weights = {layer: weight for layer, weight in self._walk(module).items() if id(weight) in own}
+            self.notes.before_step(optimizer)
             for source in self._sources.values():
                 source.before_step(weights, scale_of(self.trainer, optimizer))
 
@@ -287,7 +291,7 @@ class Fit:
         schedules = self.agenda.state_dict()
         for name in (name for window in self.looks.windows if not window.start for name in window.metrics):
             schedules[name].update(next=0, epoch=None)  # due again, since what it has seen is not saved
-        return {'version': 2, 'time': time.time(), 'schedules': schedules, 'memory': self.publisher.state_dict()}
+        return {'version': 2, 'time': time.time(), 'schedules': schedules, 'memory': self.publisher.memory.state_dict()}
 
     def load_state_dict(self, state):
         """ Go on from a checkpoint, which may be of another version: what cannot be read is left alone. """
@@ -314,7 +318,7 @@ class Fit:
     def _at_start(self, sources):
         """ What is measured of the untrained network: all of some sources that asks for nothing before it. """
         return [name for name, metric in self.metrics.items() if set(metric.sources) <= set(sources)
-                and not any(need.before for need in metric.needs)]
+                and not any(need.when for need in metric.needs)]
 
     def _open_windows(self, due, moment):
         open_already = {name for window in self.looks.windows if not window.start for name in window.metrics}
@@ -331,7 +335,7 @@ class Fit:
         found = {}
         for name, cls in STEP_SOURCES.items():
             if fields := self._fields(names, name):
-                found[name] = cls(set(fields), self._guard, self.processes.count)
+                found[name] = cls(set(fields), self._guard, self.processes.count, scaler_of(self.trainer))
         return found
 
     def _fields(self, names, source):
@@ -359,7 +363,7 @@ class Fit:
 
     def _step_reading(self, module, names, moment):
         """ What the sources have found at a step, after which they begin anew. """
-        reading, sources, self._sources = Reading(names, moment), self._sources, {}
+        reading, sources, self._sources = Reading(names, moment, notes=self.notes.take()), self._sources, {}
         weights = self._walk(module)
         for source in sources.values():
             source.end_step(weights)

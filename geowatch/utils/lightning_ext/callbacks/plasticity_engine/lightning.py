@@ -105,10 +105,15 @@ def is_last_validation(trainer):
 
 def scale_of(trainer, optimizer):
     """ What the gradients are multiplied by now. A fused optimizer unscales by itself, later. """
-    scaler = getattr(trainer.precision_plugin, 'scaler', None)
+    scaler = scaler_of(trainer)
     if scaler is not None and getattr(optimizer, '_step_supports_amp_scaling', False):
         return scaler.get_scale()
     return 1.
+
+
+def scaler_of(trainer):
+    """ The GradScaler, None without one. """
+    return getattr(trainer.precision_plugin, 'scaler', None)
 
 
 def choose_source(source, validates, pl_module):

@@ -34,8 +34,8 @@ class Pieces(StepSource):
     are_parts = True
     sees_backward = True
 
-    def __init__(self, fields, guard, processes=1):
-        super().__init__(fields, guard, processes)
+    def __init__(self, fields, guard, processes=1, scaler=None):
+        super().__init__(fields, guard, processes, scaler)
         self._is_whole = False  # from the first micro-batch of the step on
         self._handles = []
         self._arrived = {}      # layer to the statistics of this micro-batch's piece

@@ -19,6 +19,7 @@ class StepSource:
         guard (Callable): guard(source, fields) is a context in which a failure
             of the fields stays
         processes (int): how many train together
+        scaler (GradScaler | None): which may skip a step
 
     Attributes:
         name (str): a key of SOURCES
@@ -30,10 +31,11 @@ class StepSource:
     are_parts = False
     sees_backward = False
 
-    def __init__(self, fields, guard, processes=1):
+    def __init__(self, fields, guard, processes=1, scaler=None):
         self.fields = set(fields)
         self._guard = guard
         self._processes = processes
+        self._scaler = scaler
         self._found = {}
 
     def begin_batch(self, weights, is_first=True):
