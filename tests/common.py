@@ -246,7 +246,10 @@ def plain_training(net, data, batch_size=8, epochs=2, clip=None, optimizer=None)
             row.update(gradient_values(net))
             if clip:
                 torch.nn.utils.clip_grad_norm_(net.parameters(), clip)
+            before = {name: w.copy() for name, w in matrices(net).items()}
             optimizer.step()
+            steps = {name: w - before[name] for name, w in matrices(net).items()}
+            row['update_ratio'] = norm(steps) / norm(before)
             with torch.no_grad():
                 rows.append({**row, **weight_values(net), **feature_values(net.features(data))})
     return rows

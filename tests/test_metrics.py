@@ -38,7 +38,9 @@ from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._vocabulary impor
 
 OF_ONE = [*references.OF_TENSORS, *references.OF_CALLS]
 # Fields that a source makes itself.
-OF_STEPS = {'weights': set(), 'gradients': set(), 'updates': {'before_squares', 'moving', 'unmoved'}, 'pieces': set()}
+OF_STEPS = {
+    'weights': set(), 'gradients': set(), 'updates': {'before_squares', 'moving', 'unmoved'}, 'pieces': set(),
+    'distances': {'start_squares'}, 'turns': {'dot', 'gradient_squares', 'step_squares'}}
 EXACT = {'dead_units', 'rare_units', 'srank99'}
 
 
@@ -315,7 +317,7 @@ def nothing(x):
 
 
 def test_unknown_needs_fail_when_a_metric_is_registered():
-    with refused('weigths.abs', 'weights, gradients, updates, pieces, activations'):
+    with refused('weigths.abs', 'weights, gradients, distances, turns, updates, pieces, activations'):
         metric(needs=('weigths.abs',))(nothing)
     with refused('weights.away', 'weights.abs', 'weights.spectrum'):
         metric(needs=('weights.away',))(nothing)
@@ -357,9 +359,10 @@ def test_groups():
     assert set(members('paper')) == {'weight_mag', 'grad_mag', 'grad_norm', 'dead_units', 'erank', 'feature_erank'}
     assert set(members('units')) == {'sign_entropy', 'rare_units'}
     assert set(members('ranks')) == {'srank99', 'centred_erank', 'stable_rank', 'spectral_norm'}
-    assert set(members('tuning')) == {'update_ratio'}
+    assert set(members('tuning')) == {'update_ratio', 'step_alignment'}
     assert members('all') == list(METRICS)
-    assert all(one.group in GROUPS for one in METRICS.values())
+    # Which keeps a copy of all weights.
+    assert [name for name, one in METRICS.items() if one.group not in GROUPS] == ['weight_distance']
 
 
 @pytest.mark.parametrize('choice, expected', [

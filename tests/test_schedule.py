@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from geowatch.utils.lightning_ext.callbacks.plasticity import PlasticityMonitor
 
 WEIGHTS = ('weight_mag', 'erank')
-GRADIENTS = ('grad_mag', 'grad_norm')
+GRADIENTS = ('grad_mag', 'grad_norm', 'update_ratio')
 ACTIVATIONS = ('dead_units', 'feature_erank')
 
 

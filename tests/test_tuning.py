@@ -1,12 +1,14 @@
 """
 What speaks of learning rate and batch size: oracles by hand, plain training loops, and every kind of run.
 """
+import copy
 import math
 
 import pytest
 import pytorch_lightning as pl
 import torch
-from common import Net, fit, lines_of, make_data, make_net
+from common import Net, fit, lines_of, make_data, make_net, read_lines
+from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.plugins.precision import MixedPrecision
 from test_gradients import ScaledOnly
 from test_sources import Adam, TwoOptimizers, squares
@@ -241,3 +243,130 @@ def test_a_scale_that_grows_is_no_skip(tmp_path):
 def test_the_default_measures_it_at_log_steps(tmp_path):
     _, _, lines, _ = fit(tmp_path, PlasticityMonitor(), log_every_n_steps=2)
     assert [line['step'] for line in lines_of(lines, 'update_ratio')] == [1, 3, 5, 7, 9]
+
+
+# --- step_alignment ------------------------------------------------------------------------
+
+def along(*lines):
+    """ The steps of some lines, and their values. """
+    return [(line['step'], line['value'] and pytest.approx(line['value'], abs=1e-6)) for line in lines]
+
+
+def test_alignment_of_a_valley(tmp_path):
+    """ Across the valley the step goes too far, along it not far enough. """
+    lines = run(tmp_path, 'step_alignment', {'a': weight([1., 1.])}, lambda a: (a[0, 0] ** 2 + 4 * a[0, 1] ** 2) / 2,
+                lambda params: torch.optim.SGD(params, lr=.4), steps=2)
+    assert along(*lines) == [(1, -15 / 17)]
+
+
+@pytest.mark.parametrize('lr, expected', [(.5, 1.), (1.5, -1.), (1., None)])
+def test_alignment_in_one_dimension(tmp_path, lr, expected):
+    """ One layer goes straight to the bottom, where there is no gradient. """
+    lines = run(tmp_path, 'step_alignment', {'a': weight([2.])}, half_square,
+                lambda params: torch.optim.SGD(params, lr=lr), steps=2)
+    assert along(*lines) == [(1, expected)]
+
+
+def plain_alignment(net, data, epochs=2, clip=None, scale=1.):
+    """ Of a plain loop: for each step minus the cosine of its gradient and the step before. """
+    net, found, before = copy.deepcopy(net), [], None
+    optimizer = net.configure_optimizers()
+    weights = [p for p in net.parameters() if p.ndim > 1]
+    for batch in data.split(8) * epochs:
+        optimizer.zero_grad()
+        (net.loss(batch) * scale).backward()
+        grad = torch.cat([w.grad.flatten() for w in weights]).double()
+        found.append(None if before is None else -float(torch.cosine_similarity(grad, before, dim=0)))
+        if clip:
+            torch.nn.utils.clip_grad_norm_(net.parameters(), clip)
+        old = torch.cat([w.detach().flatten() for w in weights]).double()
+        optimizer.step()
+        before = torch.cat([w.detach().flatten() for w in weights]).double() - old
+    return found
+
+
+@pytest.mark.parametrize('interval, steps', [(1, range(1, 10)), (3, [2, 5, 8]), ('epoch', [4, 9])])
+@pytest.mark.parametrize('cls, clip', [(Net, 0.05), (Adam, None)])
+def test_alignment_beside_a_plain_loop(tmp_path, cls, clip, interval, steps):
+    """ On the steps that are due: the source sees the step before each of them. """
+    net = make_net(cls)
+    expected = plain_alignment(net, make_data(), clip=clip)
+    _, _, lines, _ = fit(tmp_path, PlasticityMonitor('step_alignment', interval=interval), net, validate=False,
+                         gradient_clip_val=clip)
+    assert along(*lines) == [(step, pytest.approx(expected[step], abs=1e-5)) for step in steps]
+
+
+def test_alignment_with_micro_batches_and_two_optimizers(tmp_path):
+    rows = plain_alignment(make_net(), make_data(32), epochs=1, scale=0.5)  # Lightning takes the mean of two
+    _, _, lines, _ = fit(tmp_path / 'a', PlasticityMonitor('step_alignment@1'), validate=False, max_epochs=1,
+                         n=32, batch_size=4, accumulate_grad_batches=2)
+    assert along(*lines) == [(step, pytest.approx(rows[step], abs=1e-5)) for step in (1, 2, 3)]
+    _, _, lines, _ = fit(tmp_path / 'b', PlasticityMonitor('step_alignment@1'), make_net(TwoOptimizers),
+                         validate=False, max_epochs=1)
+    assert [line['step'] for line in lines] == [1, 2, 3, 4]
+    assert all(-1 <= own['value'] <= 1 for line in lines for own in line['layers'].values())
+
+
+def test_alignment_of_another_set_of_weights(tmp_path):
+    """ A layer that thaws changes what is compared: that step is left out. """
+    class Thaws(Frozen):
+        def on_train_batch_start(self, batch, batch_idx):
+            self.fc1.requires_grad_(batch_idx >= 2)
+    _, _, lines, _ = fit(tmp_path, PlasticityMonitor('step_alignment@1'), make_net(Thaws), validate=False, max_epochs=1)
+    assert [line['step'] for line in lines] == [1, 3, 4]
+    assert [len(line['layers']) for line in lines] == [2, 3, 3]
+
+
+def resumed(folder, monitor, first=1, **kwargs):
+    """ Lines of a run of two epochs, saved after the first, and of that which goes on from there. """
+    keeper = ModelCheckpoint(folder / 'saved', save_last=True)
+    fit(folder / 'one', PlasticityMonitor(monitor), validate=False, max_epochs=first, callbacks=[keeper], **kwargs)
+    net, data = make_net(), make_data()
+    trainer = pl.Trainer(default_root_dir=folder / 'two', max_epochs=2, accelerator='cpu', enable_progress_bar=False,
+                         enable_model_summary=False, callbacks=[PlasticityMonitor(monitor)], log_every_n_steps=1,
+                         enable_checkpointing=False, **kwargs)
+    trainer.fit(net, DataLoader(data, batch_size=8), ckpt_path=keeper.last_model_path)
+    return read_lines(trainer)
+
+
+def test_alignment_begins_anew_after_a_resume(tmp_path):
+    assert [line['step'] for line in resumed(tmp_path, 'step_alignment@1')] == [6, 7, 8, 9]
+
+
+def test_alignment_of_a_skipped_step(tmp_path):
+    class Overflows(Net):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) * (float('inf') if batch_idx == 2 else 1.)
+    _, _, lines, _ = fit(tmp_path, PlasticityMonitor('step_alignment@1'), make_net(Overflows), validate=False,
+                         max_epochs=1, plugins=[ScaledOnly()])
+    # The gradient of step 2 is infinite, and nothing has moved when that of step 3 is there.
+    assert [(line['step'], line['value'] is None, line.get('skipped', 0)) for line in lines] == [
+        (1, False, 0), (2, True, 0), (4, False, 1)]
+    assert all(own['nonfinite'] > 0.9 for own in lines[1]['layers'].values())
+
+
+# --- weight_distance ----------------------------------------------------------------------
+
+def test_distance(tmp_path):
+    lines = run(tmp_path, 'weight_distance', {'a': weight([3., 4.]), 'b': weight([0., 12.])}, half_square,
+                lambda params: torch.optim.SGD(params, lr=.1, momentum=.9), steps=3)
+    assert values(lines, 'weight_distance') == pytest.approx([0.1, 0.28, 0.514], rel=1e-5)
+    assert of_layers(lines[-1]) == pytest.approx({'a': 0.514, 'b': 0.514}, rel=1e-5)
+
+
+def test_distance_after_a_resume(tmp_path, capsys):
+    """ From the first start; without it, a reason. """
+    _, _, whole, _ = fit(tmp_path / 'whole', PlasticityMonitor('weight_distance@1'), validate=False)
+    lines = resumed(tmp_path, 'weight_distance@1')
+    assert [line['step'] for line in lines] == [5, 6, 7, 8, 9]
+    assert values(lines, 'weight_distance') == pytest.approx(values(whole, 'weight_distance')[5:], rel=1e-6)
+    capsys.readouterr()
+    net = make_net()
+    trainer = pl.Trainer(default_root_dir=tmp_path / 'three', max_epochs=2, accelerator='cpu', logger=False,
+                         enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+                         callbacks=[PlasticityMonitor('weight_distance@1')])
+    keeper = ModelCheckpoint(tmp_path / 'other', save_last=True)
+    fit(tmp_path / 'four', PlasticityMonitor('weight_mag'), validate=False, max_epochs=1, callbacks=[keeper])
+    trainer.fit(net, DataLoader(make_data(), batch_size=8), ckpt_path=keeper.last_model_path)
+    assert 'weight_distance: this run goes on from a checkpoint' in capsys.readouterr().out
+    assert read_lines(trainer) == []

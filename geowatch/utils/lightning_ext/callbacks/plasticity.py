@@ -96,8 +96,8 @@ class PlasticityMonitor(*_BASES):
         [-1, 0, 1, 2, 3]
     """
 
-    def __init__(self, metrics='paper,update_ratio', interval='auto', source='auto', samples=2000, layers=None, per_layer=False,
-                 prog_bar=False, budget=None):
+    def __init__(self, metrics='paper,update_ratio', interval='auto', source='auto', samples=2000, layers=None,
+                 per_layer=False, prog_bar=False, budget=None):
         self.metrics = metrics
         self.interval = interval
         self.source = source

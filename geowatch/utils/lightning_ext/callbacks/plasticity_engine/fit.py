@@ -8,6 +8,7 @@ import math
 import time
 import warnings
 from dataclasses import dataclass, field
+from functools import partial
 
 from kwutil import util_pattern
 
@@ -15,19 +16,15 @@ from ..plasticity_metrics import METRICS, PlasticityConfigError
 from .agenda import Agenda
 from .budget import Budget
 from .faults import Faults
-from .notes import Notes
 from .lightning import (
     Moment,
     batches_left,
     begins_anew,
-    begins_step,
     choose_source,
     has_stepped,
     is_last_step,
     is_last_validation,
     resolve,
-    scale_of,
-    scaler_of,
     step_of,
     steps_until_the_last,
 )
@@ -35,11 +32,10 @@ from .measurement import Reading, additive_keys, needing
 from .message import describe
 from .processes import Processes
 from .publisher import Publisher
-from .sharding import is_sharded
 from .sinks import FILE_NAME, Sinks
-from .sources import STEP_SOURCES
 from .sources.activations.looks import Looks, layer_paths
 from .sources.weights import weights_of
+from .steps import Steps
 
 
 @dataclass(frozen=True)
@@ -83,11 +79,10 @@ class Fit:
         self.budget = None if settings.budget is None else Budget(settings.budget)
         self.faults = Faults(self.processes.rank, self.budget)
         self.looks = Looks(settings.samples, self.processes.count, self._wants, self.faults, self._needing)
+        self.steps = Steps(self)
         self.agenda = self.publisher = None  # until the checkpoint is read
-        self.notes = Notes()
         self._restored = {}      # the state of a checkpoint, if the run goes on from one
         self._is_new = False     # whether the network is untrained
-        self._sources = {}       # name to StepSource, of the step that goes on
         self._wanted = {}        # path of a layer to whether it is measured
         self._wake = 0           # the next step at which anything can be due
         self._is_awake = False
@@ -136,10 +131,11 @@ class Fit:
         if self.budget is not None:
             self.budget.start(self.trainer.strategy.root_device)
         self.sinks.show()
+        self.steps.begin_training(self._walk(module), self._is_new, self._restored.get('sources'))
         if self._is_new:
             names = self._at_start(['weights'])
-            self._sources = self._open(names)
-            self.publisher.publish([self._step_reading(module, names, Moment(-1, self.trainer.current_epoch, False))])
+            self.steps.open(names, -1)
+            self.publisher.publish(self._step_readings(module, names, Moment(-1, self.trainer.current_epoch, False)))
 
     # --- a batch of training --------------------------------------------------------
 
@@ -157,10 +153,8 @@ class Fit:
             self._begin_first_step(step)
         self.agenda.begin(moment)
         due = [name for name in self.agenda.due(step) if not self.metrics[name].sees_activations]
-        for name, source in self._open(due).items():
-            self._sources.setdefault(name, source).fields |= source.fields
-        for source in self._seeing_backward():
-            source.begin_batch(self._walk(module), begins_step(trainer, batch_idx))
+        self.steps.open([*due, *self.steps.due_next(module, moment, batch_idx)], step)
+        self.steps.begin_batch(partial(self._walk, module), batch_idx)
         if self.source == 'train':
             self._open_windows(self.agenda.due(step, self._of_activations()), moment)
             self.looks.look(module, batch, batches_left(trainer, batch_idx))
@@ -178,20 +172,12 @@ class Fit:
 
     def end_backward(self, module):
         """ Let sources see what a micro-batch has added. """
-        for source in self._seeing_backward():
-            source.after_backward(self._walk(module))
-
-    def _seeing_backward(self):
-        return [source for source in self._sources.values() if source.sees_backward]
+        self.steps.after_backward(partial(self._walk, module))
 
     def before_step(self, module, optimizer):
         """ Let sources see the gradients, and the weights before an optimizer steps. """
-        if self._is_awake and any(name != 'weights' for name in self._sources):
-            own = {id(param) for group in optimizer.param_groups for param in group['params']}
-            weights = {layer: weight for layer, weight in self._walk(module).items() if id(weight) in own}
-            self.notes.before_step(optimizer)
-            for source in self._sources.values():
-                source.before_step(weights, scale_of(self.trainer, optimizer))
+        if self._is_awake:
+            self.steps.before_step(partial(self._walk, module), optimizer)
 
     def end_batch(self, module, batch_idx):
         """ Measure what was due at this step. """
@@ -208,8 +194,7 @@ class Fit:
         if stepped:
             names = [name for name in self.metrics if not self.metrics[name].sees_activations
                      and self.agenda.schedules[name].is_due(step)]
-            if names:
-                readings.append(self._step_reading(module, names, self.moment))
+            readings += self._step_readings(module, names, self.moment)
         self.publisher.publish(readings, asks=stepped and self.agenda.asks_the_time(step))
         if stepped:
             self._wake = self._next_step(module, batch_idx)
@@ -220,7 +205,8 @@ class Fit:
             return self.moment.step + 1
         in_steps = [name for name, metric in self.metrics.items()
                     if not metric.sees_activations or self.source == 'train']
-        return self.agenda.wake(in_steps, self.moment, steps_until_the_last(self.trainer, module, batch_idx))
+        wake = self.agenda.wake(in_steps, self.moment, steps_until_the_last(self.trainer, module, batch_idx))
+        return max(wake - 1, self.moment.step + 1) if self.steps.looking_back() else wake
 
     def end_epoch(self):
         """ Measure what an epoch that ended early has left. """
@@ -263,9 +249,7 @@ class Fit:
     def interrupt(self):
         """ Leave nothing behind, whatever happened. """
         self.looks.look_away()
-        for source in self._sources.values():
-            source.close()
-        self._sources = {}
+        self.steps.close()
         self.faults.say()
 
     def end(self):
@@ -291,7 +275,8 @@ class Fit:
         schedules = self.agenda.state_dict()
         for name in (name for window in self.looks.windows if not window.start for name in window.metrics):
             schedules[name].update(next=0, epoch=None)  # due again, since what it has seen is not saved
-        return {'version': 2, 'time': time.time(), 'schedules': schedules, 'memory': self.publisher.memory.state_dict()}
+        return {'version': 2, 'time': time.time(), 'schedules': schedules, 'sources': self.steps.state_dict(),
+                'memory': self.publisher.memory.state_dict()}
 
     def load_state_dict(self, state):
         """ Go on from a checkpoint, which may be of another version: what cannot be read is left alone. """
@@ -330,14 +315,6 @@ class Fit:
         names = self._at_start(['activations'])
         self.looks.open(names, self._fields(names, 'activations'), start=True)
 
-    def _open(self, names):
-        """ Sources for what some metrics need at a step. """
-        found = {}
-        for name, cls in STEP_SOURCES.items():
-            if fields := self._fields(names, name):
-                found[name] = cls(set(fields), self._guard, self.processes.count, scaler_of(self.trainer))
-        return found
-
     def _fields(self, names, source):
         keys = additive_keys(self.metrics[name] for name in names)
         return [field for own_source, field in keys if own_source == source]
@@ -345,9 +322,6 @@ class Fit:
     def _needing(self, names, fields, source='activations'):
         """ Those of some metrics that need any of some additive fields. """
         return needing({name: self.metrics[name] for name in names if name in self.metrics}, source, fields)
-
-    def _guard(self, source, fields):
-        return self.faults.guard(needing(self.metrics, source, fields))
 
     # --- what is there ----------------------------------------------------------------------
 
@@ -361,19 +335,8 @@ class Fit:
             self._wanted[layer] = not patterns or any(pattern.match(layer) for pattern in patterns)
         return self._wanted[layer]
 
-    def _step_reading(self, module, names, moment):
-        """ What the sources have found at a step, after which they begin anew. """
-        reading, sources, self._sources = Reading(names, moment, notes=self.notes.take()), self._sources, {}
-        weights = self._walk(module)
-        for source in sources.values():
-            source.end_step(weights)
-            source.close()
-            for fld, own in source.take().items():
-                for layer, x in own.items():
-                    is_part = self.processes.count > 1 and (source.are_parts or is_sharded(weights.get(layer)))
-                    totals = reading.parts if is_part else reading.whole
-                    totals.setdefault((source.name, fld), {})[layer] = x
-        return reading
+    def _step_readings(self, module, names, moment):
+        return self.steps.read(partial(self._walk, module), names, moment)
 
     def _window_reading(self, window, moment, final):
         moment = moment._replace(step=-1) if window.start else moment

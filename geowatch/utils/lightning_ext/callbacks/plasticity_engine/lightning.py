@@ -86,6 +86,11 @@ def steps_until_the_last(trainer, pl_module, batch_idx):
     return max(left, 1)
 
 
+def is_second_last_step(trainer, pl_module, batch_idx):
+    """ Whether the step after this one will be the last one of the epoch, as far as that is known. """
+    return steps_until_the_last(trainer, pl_module, batch_idx) == 1
+
+
 def steps_of(schedule, trainer, steps, seconds):
     """ About how many steps are between two measurements that are asked for. """
     if schedule.seconds is not None:

@@ -24,7 +24,7 @@ class Memory:
     Example:
         >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.memory import Memory
         >>> from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import METRICS
-        >>> metric, memory = METRICS['noise_fraction'], Memory()
+        >>> metric, memory = METRICS["noise_fraction"], Memory()
         >>> for noise in (1., 2., float('nan')):
         >>>     memory.add(metric, {('pieces', 'noise'): {'fc': noise}, ('pieces', 'signal'): {'fc': 3.}})
         >>> memory.recent(metric) == Memory(memory.state_dict()).recent(metric)

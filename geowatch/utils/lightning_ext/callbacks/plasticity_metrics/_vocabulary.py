@@ -18,6 +18,19 @@ _TENSORS = {
 SOURCES = {
     'weights': _TENSORS,
     'gradients': _TENSORS,
+    'distances': {
+        'count': 'how many numbers of a weight',
+        'squares': 'sum of squares of the weight less the weight before the first step of the run',
+        'start_squares': 'sum of squares of the weight before the first step of the run',
+        'nonfinite': 'how many of the differences are not finite',
+    },
+    'turns': {
+        'count': 'how many numbers of a weight',
+        'dot': 'sum of products of the gradient and what the step before has changed of the weight',
+        'gradient_squares': 'sum of squares of the gradient',
+        'step_squares': 'sum of squares of what the step before has changed of the weight',
+        'nonfinite': 'how many of the products are not finite',
+    },
     'updates': {
         'count': 'how many numbers of a weight',
         'squares': 'sum of squares of the weight after the step less the weight before',
@@ -49,7 +62,7 @@ MADE_OF = {
     'units': (),
 }
 # Fields that say of a layer whether it is left out at this step: a GradScaler has skipped its step.
-LEFT_OUT = {'updates': 'skipped'}
+LEFT_OUT = {'updates': 'skipped', 'turns': 'skipped'}
 # What lines of the record can say of a step besides.
 NOTES = {'lr': 'learning rate of each parameter group that has stepped'}
 # Of which measurement a statistic is, by the first word of the need.

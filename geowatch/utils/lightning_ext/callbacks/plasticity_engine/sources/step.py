@@ -26,10 +26,16 @@ class StepSource:
         are_parts (bool): if True, each process has statistics of its own to
             be added up, whatever the layout of the weights
         sees_backward (bool): if True, it is told of batches and backward passes
+        lasts (bool): if True, one object is there for all of a fit
+        looks_back (bool): if True, it has to see the step before, too
+        step (int): index of the step that goes on
+        why_not (str | None): why it finds nothing, or not all, for the user to read
     """
     name = None
     are_parts = False
     sees_backward = False
+    lasts = False
+    looks_back = False
 
     def __init__(self, fields, guard, processes=1, scaler=None):
         self.fields = set(fields)
@@ -37,6 +43,20 @@ class StepSource:
         self._processes = processes
         self._scaler = scaler
         self._found = {}
+        self.step = -1
+        self.why_not = None
+
+    def begin_training(self, weights, is_new, saved=None):
+        """ Before the first step of a fit, of which `is_new` says whether the network is untrained; if it lasts. """
+
+    def state_dict(self):
+        """ What a checkpoint needs, as `saved` will be; if it lasts. """
+        return {}
+
+    def begin_step(self, step, fields):
+        """ It is needed at a step, for some fields more. """
+        self.step = step
+        self.fields |= set(fields)
 
     def begin_batch(self, weights, is_first=True):
         """ A batch begins, which may be the first of its step; `weights` is a Dict[str, Parameter] by layer. """

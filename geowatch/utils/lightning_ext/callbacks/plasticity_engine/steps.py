@@ -1,0 +1,156 @@
+"""
+The sources of the optimizer step that goes on: which there are, and what they have found.
+"""
+from .lightning import begins_step, is_second_last_step, scale_of, scaler_of
+from .measurement import Reading, additive_keys, needing
+from .notes import Notes
+from .sharding import is_sharded
+from .sources import STEP_SOURCES
+
+
+class Steps:
+    """
+    Opens sources for metrics that are due, hands them the moments of a step, and reads them.
+
+    Args:
+        fit (Fit): whose trainer, metrics, agenda, faults and processes it uses
+    """
+
+    def __init__(self, fit):
+        self._fit = fit
+        self._notes = Notes()
+        self._open = {}     # name to StepSource, of the step that goes on
+        self._lasting = {}  # name to StepSource, of those that last
+        self._said = set()  # why sources find nothing, once it has been told
+
+    # --- which ---------------------------------------------------------------
+
+    def open(self, names, step):
+        """
+        Open sources for what some metrics need at a step; those that are open see more fields.
+
+        Args:
+            names (List[str]): metrics of no activations
+            step (int): its index
+        """
+        fit = self._fit
+        keys = additive_keys(fit.metrics[name] for name in names)
+        for name, cls in STEP_SOURCES.items():
+            fields = [field for source, field in keys if source == name]
+            if fields:
+                source = self._open.get(name) or self._lasting.get(name) or cls(
+                    fields, self._guard, fit.processes.count, scaler_of(fit.trainer))
+                source.begin_step(step, fields)
+                self._open[name] = source
+                if cls.lasts:
+                    self._lasting[name] = source
+
+    def begin_training(self, weights, is_new, saved):
+        """
+        Let sources that last see the weights before the first step of a fit.
+
+        Args:
+            weights (Dict[str, Parameter]): by layer
+            is_new (bool): whether the network is untrained
+            saved (Any): as :meth:`state_dict` makes it, or of another version
+        """
+        self.open([name for name in self._fit.metrics if self._is(name, 'lasts')], step=-1)
+        for name, source in self._lasting.items():
+            own = saved.get(name) if isinstance(saved, dict) else None
+            source.begin_training(weights, is_new, own if isinstance(own, dict) else None)
+            self._explain(source)
+        self._open = {}
+
+    def _is(self, name, what):
+        """ Whether a metric has a source with an attribute such as 'lasts'. """
+        metric = self._fit.metrics[name]
+        return not metric.sees_activations and any(getattr(STEP_SOURCES[source], what) for source in metric.sources)
+
+    def looking_back(self):
+        """
+        Returns:
+            List[str]: metrics for which a source has to see the step before, too
+        """
+        return [name for name in self._fit.metrics if self._is(name, 'looks_back')]
+
+    def due_next(self, module, moment, batch_idx):
+        """
+        Returns:
+            List[str]: of :meth:`looking_back` those that are due at the step after this moment
+        """
+        names, schedules = self.looking_back(), self._fit.agenda.schedules
+        ends = bool(names) and is_second_last_step(self._fit.trainer, module, batch_idx)
+        return [name for name in names if schedules[name].is_due(moment.step + 1)
+                or ends and schedules[name].epoch != moment.epoch]
+
+    # --- the moments of a step -----------------------------------------------------
+
+    def begin_batch(self, walk, batch_idx):
+        """ A batch begins; walk() gives the weights by layer. """
+        for source in self._seeing_backward():
+            source.begin_batch(walk(), begins_step(self._fit.trainer, batch_idx))
+
+    def after_backward(self, walk):
+        """ A micro-batch has been through backward. """
+        for source in self._seeing_backward():
+            source.after_backward(walk())
+
+    def _seeing_backward(self):
+        return [source for source in self._open.values() if source.sees_backward]
+
+    def before_step(self, walk, optimizer):
+        """ An optimizer is about to step. """
+        if any(name != 'weights' for name in self._open):
+            own = {id(param) for group in optimizer.param_groups for param in group['params']}
+            weights = {layer: weight for layer, weight in walk().items() if id(weight) in own}
+            self._notes.before_step(optimizer)
+            for source in self._open.values():
+                source.before_step(weights, scale_of(self._fit.trainer, optimizer))
+
+    def read(self, walk, names, moment):
+        """
+        What the sources have found, after which they begin anew.
+
+        Args:
+            walk (Callable): gives the weights by layer
+            names (List[str]): metrics that it is for; of none, sources only see that the step is over
+            moment (Moment):
+
+        Returns:
+            List[Reading]: one, or none
+        """
+        reading, sources, self._open = Reading(names, moment, notes=self._notes.take()), self._open, {}
+        weights = walk() if names or sources else {}
+        for source in sources.values():
+            source.end_step(weights)
+            source.close()
+            self._explain(source)
+            for field, own in source.take().items():
+                for layer, x in own.items():
+                    is_part = self._fit.processes.count > 1 and (source.are_parts or is_sharded(weights.get(layer)))
+                    totals = reading.parts if is_part else reading.whole
+                    totals.setdefault((source.name, field), {})[layer] = x
+        return [reading] if names else []
+
+    def close(self):
+        """ Leave nothing behind. """
+        for source in self._open.values():
+            source.close()
+        self._open = {}
+
+    def state_dict(self):
+        """ What sources that last need in a checkpoint. """
+        return {name: state for name, source in self._lasting.items() if (state := source.state_dict())}
+
+    # --- what goes wrong ----------------------------------------------------------
+
+    def _guard(self, source, fields):
+        return self._fit.faults.guard(needing(self._fit.metrics, source, fields))
+
+    def _explain(self, source):
+        """ Say once why a source finds nothing, or not all. """
+        names = [name for name, metric in self._fit.metrics.items() if source.name in metric.sources]
+        if source.why_not is not None and source.why_not not in self._said and names:
+            self._said.add(source.why_not)
+            if self._fit.processes.rank == 0:
+                print(f'PlasticityMonitor: {", ".join(names)}: {source.why_not}')
