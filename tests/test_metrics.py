@@ -39,7 +39,7 @@ from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._vocabulary impor
 OF_ONE = [*references.OF_TENSORS, *references.OF_CALLS]
 # Fields that a source makes itself.
 OF_STEPS = {
-    'weights': set(), 'gradients': set(), 'updates': {'before_squares', 'moving', 'unmoved'}, 'pieces': set(),
+    'weights': set(), 'gradients': set(), 'updates': {'before_squares', 'moving', 'unmoved'}, 'pieces': {'examples', 'gradient'},
     'distances': {'start_squares'}, 'turns': {'dot', 'gradient_squares', 'step_squares'}}
 EXACT = {'dead_units', 'rare_units', 'srank99'}
 
@@ -359,7 +359,7 @@ def test_groups():
     assert set(members('paper')) == {'weight_mag', 'grad_mag', 'grad_norm', 'dead_units', 'erank', 'feature_erank'}
     assert set(members('units')) == {'sign_entropy', 'rare_units'}
     assert set(members('ranks')) == {'srank99', 'centred_erank', 'stable_rank', 'spectral_norm'}
-    assert set(members('tuning')) == {'update_ratio', 'step_alignment'}
+    assert set(members('tuning')) == {'update_ratio', 'step_alignment', 'noise_scale', 'noise_fraction'}
     assert members('all') == list(METRICS)
     # Which keeps a copy of all weights.
     assert [name for name, one in METRICS.items() if one.group not in GROUPS] == ['weight_distance']

@@ -7,7 +7,7 @@ import math
 import pytest
 import pytorch_lightning as pl
 import torch
-from common import Net, fit, lines_of, make_data, make_net, read_lines
+from common import Net, fit, last, lines_of, make_data, make_net, read_lines
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.plugins.precision import MixedPrecision
 from test_gradients import ScaledOnly
@@ -370,3 +370,139 @@ def test_distance_after_a_resume(tmp_path, capsys):
     trainer.fit(net, DataLoader(make_data(), batch_size=8), ckpt_path=keeper.last_model_path)
     assert 'weight_distance: this run goes on from a checkpoint' in capsys.readouterr().out
     assert read_lines(trainer) == []
+
+
+# --- noise_scale and noise_fraction: by hand ------------------------------------------------
+
+def noise(folder, batches, accumulate, loss=None, width=2, **kwargs):
+    """ Lines of runs whose gradients are the means of some batches, given as rows. """
+    def mean(w, batch):
+        return (w * batch.mean(0)).sum()
+
+    class OfBatch(Given):
+        def training_step(self, batch, batch_idx):
+            return self.given(self.layers['a'].weight, batch)
+    net = OfBatch({'a': weight([0.] * width)}, loss or mean, lambda params: torch.optim.SGD(params, lr=0.))
+    loader = DataLoader([torch.tensor(batch) for batch in batches], batch_size=None)
+    _, _, lines, _ = fit(folder, PlasticityMonitor('noise_scale@1'), net, validate=False, max_epochs=1, loader=loader,
+                         accumulate_grad_batches=accumulate, **kwargs)
+    return lines
+
+
+def test_two_micro_batches(tmp_path):
+    lines = noise(tmp_path, [[[3., 4.]] * 8, [[1., 0.]] * 8], 2)
+    scale, fraction = last(lines, 'noise_scale'), last(lines, 'noise_fraction')
+    assert (scale['value'], fraction['value']) == pytest.approx((80 / 3, 0.625), rel=1e-6)
+    assert (scale['fraction'], scale['covered'], scale['batch_examples']) == (pytest.approx(0.625), 1, 16)
+    assert of_layers(scale) == pytest.approx({'a': 80 / 3}, rel=1e-6) and of_layers(scale, 'covered') == {'a': 1}
+    assert 'batch_examples' not in fraction and 'lr' not in scale
+
+
+def test_four_examples(tmp_path):
+    lines = noise(tmp_path, [[[y]] for y in (1., 2., 3., 6.)], 4, lambda w, y: (w - y).square().sum() / 2, width=1)
+    assert values(lines, 'noise_scale') == pytest.approx([28 / 47], rel=1e-6)
+
+
+def test_nothing_but_noise(tmp_path):
+    """ As the contributions [1] and [-2]: no scale, and the fraction shown. """
+    lines = noise(tmp_path, [[[2.]] * 8, [[-4.]] * 8], 2, width=1)
+    assert values(lines, 'noise_scale') == [None] and values(lines, 'noise_fraction') == pytest.approx([9.])
+    assert last(lines, 'noise_scale')['fraction'] == pytest.approx(9.)
+
+
+FIRST, SECOND = [[[3., 4.]] * 8, [[1., 0.]] * 8], [[[2., 0.]] * 8, [[2., 2.]] * 8]
+
+
+def test_sums_are_divided(tmp_path):
+    """ Not the mean of ratios; a step whose gradient is not finite stays out of the sums. """
+    bad = [[[math.nan, 1.]] * 8] * 2
+    lines = noise(tmp_path, [*FIRST, *bad, *SECOND], 2)
+    scales = lines_of(lines, 'noise_scale')
+    assert values(lines, 'noise_scale') == [pytest.approx(80 / 3, rel=1e-6), None, pytest.approx(96 / 7, rel=1e-6)]
+    assert scales[1]['layers']['layers.a']['nonfinite'] == 0.5
+
+
+def test_of_the_last_25_to_50_measurements(tmp_path):
+    lines = noise(tmp_path, FIRST + SECOND * 74, 2)
+    got = values(lines, 'noise_scale')
+    expected = []
+    for step in range(75):
+        begin = 0 if step < 50 else 25 if step < 75 else 50
+        steps = range(begin, step + 1)
+        pairs = [(8., 6.5) if i == 0 else (5., 3.) for i in steps]
+        n, s = (sum(x) for x in zip(*pairs, strict=True))
+        expected.append(8 * (2 * s - n) / (n - s))
+    assert got == pytest.approx(expected, rel=1e-5)
+    assert got[49] > got[50] == pytest.approx(8 * 1 / 2)
+
+
+def test_sums_go_into_checkpoints(tmp_path):
+    kwargs = {'accumulate_grad_batches': 2}
+    _, _, whole, _ = fit(tmp_path / 'whole', PlasticityMonitor('noise_scale@1'), validate=False, **kwargs)
+    lines = resumed(tmp_path, 'noise_scale@1', **kwargs)
+    # Two steps of two micro-batches an epoch, and one of one, which tells nothing.
+    assert values(whole, 'noise_scale')[2:] == pytest.approx(values(lines, 'noise_scale'), rel=1e-6)
+    assert [line['step'] for line in lines_of(whole, 'noise_scale')] == [0, 1, 3, 4]
+    assert [line['step'] for line in lines_of(lines, 'noise_scale')] == [3, 4]
+
+
+# --- noise_scale: beside gradients of single examples ----------------------------------------
+
+class Mean(Net):
+    """ With a loss that is a mean over examples. """
+
+    def loss(self, batch):
+        return (self(batch) - batch[:, :1]).square().mean()
+
+
+def by_examples(net, loss, batch):
+    """ Of each weight the gradients of single examples, (examples, *shape), by torch.func. """
+    params = {name: p.detach() for name, p in net.named_parameters()}
+    frozen = {name: b.detach() for name, b in net.named_buffers()}
+
+    def of_one(own, x):
+        return loss(lambda *args: torch.func.functional_call(net, (own, frozen), args), x[None])
+    grads = torch.func.vmap(torch.func.grad(of_one), (None, 0))(params, batch)
+    return {name.removesuffix('.weight'): g.double() for name, g in grads.items() if params[name].ndim > 1}
+
+
+def reference(examples, sizes):
+    """ (scale, fraction) of each layer and, under None, of all, from gradients of examples in pieces of some sizes. """
+    b, found, total = sum(sizes), {}, torch.zeros(2, dtype=torch.float64)
+    q = sum((size / b) ** 2 for size in sizes)
+    for name, grads in examples.items():
+        pieces = [part.sum(0) / b for part in grads.split(sizes)]
+        n, s = sum(pieces).square().sum(), sum(c.square().sum() for c in pieces)
+        own = torch.stack([(s - q * n) / (1 - q), (n - s) / (1 - q)])  # noise and signal
+        total += own
+        found[name] = own
+    found[None] = total
+    return {name: (b * float(a / c) if c > 0 else None, float(a / (a + c))) for name, (a, c) in found.items()}
+
+
+def compare(lines, expected, rel=1e-5):
+    """ Of the first line of each metric. """
+    for metric, index in (('noise_scale', 0), ('noise_fraction', 1)):
+        line = lines_of(lines, metric)[0]
+        got = {None: line['value'], **{layer: own['value'] for layer, own in line['layers'].items()}}
+        assert got == {layer: own[index] and pytest.approx(own[index], rel=rel) for layer, own in expected.items()}
+
+
+@pytest.mark.parametrize('clip, precision, rel', [(None, 32, 1e-5), (1e-3, 32, 1e-5), (None, 'bf16-mixed', 5e-2)])
+def test_micro_batches_beside_single_examples(tmp_path, clip, precision, rel):
+    net = make_net(Mean).double() if precision == 32 else make_net(Mean)
+    data = make_data(32).to(next(net.parameters()).dtype)
+    examples = by_examples(net, lambda f, x: (f(x) - x[:, :1]).square().mean(), data)
+    _, _, lines, _ = fit(tmp_path, PlasticityMonitor('noise_scale@1'), net, validate=False, max_epochs=1,
+                         loader=DataLoader(data, batch_size=8), accumulate_grad_batches=4, gradient_clip_val=clip,
+                         precision=precision if precision != 32 else None)
+    compare(lines, reference(examples, [8] * 4), rel)
+    assert last(lines, 'noise_scale')['batch_examples'] == 32
+
+
+def test_under_a_grad_scaler(tmp_path):
+    _, _, plain, _ = fit(tmp_path / 'a', PlasticityMonitor('noise_scale@1'), validate=False, max_epochs=1,
+                         accumulate_grad_batches=2)
+    _, _, scaled, _ = fit(tmp_path / 'b', PlasticityMonitor('noise_scale@1'), validate=False, max_epochs=1,
+                          accumulate_grad_batches=2, plugins=[ScaledOnly()])
+    assert values(scaled, 'noise_scale') == pytest.approx(values(plain, 'noise_scale'), rel=1e-4)

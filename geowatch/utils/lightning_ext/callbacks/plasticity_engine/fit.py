@@ -154,7 +154,7 @@ class Fit:
         self.agenda.begin(moment)
         due = [name for name in self.agenda.due(step) if not self.metrics[name].sees_activations]
         self.steps.open([*due, *self.steps.due_next(module, moment, batch_idx)], step)
-        self.steps.begin_batch(partial(self._walk, module), batch_idx)
+        self.steps.begin_batch(partial(self._walk, module), batch, batch_idx)
         if self.source == 'train':
             self._open_windows(self.agenda.due(step, self._of_activations()), moment)
             self.looks.look(module, batch, batches_left(trainer, batch_idx))

@@ -11,10 +11,11 @@ import numpy as np
 import torch
 
 from ..plasticity_metrics import Metric
-from ..plasticity_metrics._vocabulary import LEFT_OUT, additive_fields
+from ..plasticity_metrics._vocabulary import LEFT_OUT, MADE_OF, OF_NOTES, additive_fields
 from .lightning import Moment
 from .sources.activations.sites import Site, site_names
 from .statistics import Totals
+from .statistics.noise import noise_of
 from .statistics.spectrum import centred, spectra
 
 Key = tuple[str, str]  # source and field
@@ -82,6 +83,7 @@ def needed_keys(metrics: Iterable[Metric], support: bool = True) -> list[Key]:
     if support:
         keys += [(source, field) for metric in metrics for source in metric.sources
                  for field in (*_OF_SHARE.get(source, ('nonfinite', 'count')), LEFT_OUT.get(source)) if field]
+        keys += [OF_NOTES[note] for metric in metrics for note in metric.notes if note in OF_NOTES]
     return list(dict.fromkeys(keys))
 
 
@@ -140,6 +142,10 @@ def derive(totals: Totals, keys: list[Key], guard: Callable) -> Totals:
             elif field == 'centred_spectrum':
                 grams, sums, rows = (totals.get((source, part), {}) for part in additive_fields(field))
                 own = dict(zip(grams, spectra([centred(grams[x], sums[x], rows[x]) for x in grams]), strict=True))
+            elif source == 'pieces' and field in MADE_OF:
+                parts = [totals.get((source, part), {}) for part in additive_fields(field)]
+                own = {layer: noise_of(field, *(part[layer] for part in parts)) for layer in parts[0]
+                       if all(layer in part for part in parts)}
             else:
                 own = totals.get((source, field), {})
             tables[source, field] = {names.get(site, site): x for site, x in own.items()}

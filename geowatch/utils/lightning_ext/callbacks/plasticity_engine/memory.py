@@ -24,11 +24,11 @@ class Memory:
     Example:
         >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.memory import Memory
         >>> from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import METRICS
-        >>> metric, memory = METRICS["noise_fraction"], Memory()
+        >>> metric, memory = METRICS['noise_fraction'], Memory()
         >>> for noise in (1., 2., float('nan')):
-        >>>     memory.add(metric, {('pieces', 'noise'): {'fc': noise}, ('pieces', 'signal'): {'fc': 3.}})
-        >>> memory.recent(metric) == Memory(memory.state_dict()).recent(metric)
-        True
+        >>>     memory.add(metric, {('pieces', field): {'fc': x} for field, x in (
+        >>>         ('noise', noise), ('signal', 3.), ('gradient', noise + 3.))})
+        >>> memory = Memory(memory.state_dict())
         >>> memory.recent(metric)['pieces', 'noise'], memory.recent(metric)['pieces', 'signal']
         ({'fc': 3.0}, {'fc': 6.0})
     """

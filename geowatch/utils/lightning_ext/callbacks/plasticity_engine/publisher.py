@@ -4,7 +4,7 @@ From readings to lines: one exchange and one sum over processes, one transfer, f
 import time
 
 from ..plasticity_metrics import BUILT_IN
-from ..plasticity_metrics._vocabulary import LEFT_OUT
+from ..plasticity_metrics._vocabulary import LEFT_OUT, OF_NOTES
 from .lightning import steps_of
 from .measurement import Reading, additive_keys, derive, evaluate, needed_keys, needing, to_host
 from .memory import Memory
@@ -165,16 +165,16 @@ class Publisher:
                     line = {'metric': name, 'step': reading.moment.step, 'epoch': reading.moment.epoch,
                             'time': now, 'samples': reading.examples, 'value': columns.pop('value'),
                             'layers': layers, **self._words(metric)}
+                    besides = self._besides(metric, reading, numbers, columns)
                     # Columns of a user's metric may have any name.
-                    lines.append({**line, **{key: x for key, x in self._besides(metric, reading, columns).items()
-                                             if key not in line}})
+                    lines.append({**line, **{key: x for key, x in besides.items() if key not in line}})
         return lines
 
-    def _besides(self, metric, reading, columns):
+    def _besides(self, metric, reading, numbers, columns):
         """ What a line says of the network and its step beside the value. """
-        skipped = self.memory.skipped.get(metric.name)
-        return {**columns, **{note: reading.notes[note] for note in metric.notes if note in reading.notes},
-                **({'skipped': skipped} if skipped else {})}
+        notes = {**reading.notes, **{note: max(numbers[key].values()) for note, key in OF_NOTES.items()
+                                     if numbers.get(key)}, 'skipped': self.memory.skipped.get(metric.name)}
+        return {**columns, **{note: notes[note] for note in (*metric.notes, 'skipped') if notes.get(note)}}
 
     def _words(self, metric):
         """ The first line of a user's metric brings its words along, so that the report judges it like ours. """

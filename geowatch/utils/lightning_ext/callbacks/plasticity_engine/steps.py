@@ -6,6 +6,7 @@ from .measurement import Reading, additive_keys, needing
 from .notes import Notes
 from .sharding import is_sharded
 from .sources import STEP_SOURCES
+from .sources.activations.window import count_examples
 
 
 class Steps:
@@ -85,10 +86,10 @@ class Steps:
 
     # --- the moments of a step -----------------------------------------------------
 
-    def begin_batch(self, walk, batch_idx):
+    def begin_batch(self, walk, batch, batch_idx):
         """ A batch begins; walk() gives the weights by layer. """
         for source in self._seeing_backward():
-            source.begin_batch(walk(), begins_step(self._fit.trainer, batch_idx))
+            source.begin_batch(walk(), begins_step(self._fit.trainer, batch_idx), count_examples(batch))
 
     def after_backward(self, walk):
         """ A micro-batch has been through backward. """

@@ -88,7 +88,7 @@ def metric(*, needs: tuple[str, ...] | str, network: str = 'mean', every: str = 
         words (Words | None): how to speak of it; by default its name
         group (str | None): 'paper', 'tuning', 'units' or 'ranks'
         along (str | None): a metric whose choice brings this one with it
-        notes (Tuple[str, ...]): what else its lines say of the step: 'lr'
+        notes (Tuple[str, ...]): what else its lines say of the step: 'lr', 'batch_examples'
 
     Returns:
         Callable: a decorator that returns the function as it is

@@ -40,9 +40,14 @@ SOURCES = {
         'unmoved': 'how many of these are the same after the step as before',
     },
     'pieces': {
-        'count': 'how many pieces the gradient has, over micro-batches and processes',
+        'count': 'how many pieces of the same size the gradient has, over micro-batches and processes',
+        'examples': 'how many examples the pieces are of, over micro-batches and processes',
         'squares': 'sum over the pieces of their sums of squares; the pieces add up to the gradient',
-        'nonfinite': 'how many numbers of the pieces are not finite',
+        'gradient': 'sum of squares of the gradient',
+        'noise': 'estimate of the sum of squares of the noise in the gradient',
+        'signal': 'estimate of the sum of squares of the gradient without noise',
+        'example_noise': "estimate of the sum of squares of the noise in one example's gradient",
+        'nonfinite': 'sum over the pieces of the share of their numbers that are not finite',
     },
     'activations': {
         'away': 'calls in which a unit had a sample away from a saturated value, shape (values, units)',
@@ -60,11 +65,17 @@ MADE_OF = {
     'spectrum': ('gram',),
     'centred_spectrum': ('gram', 'sum', 'rows'),
     'units': (),
+    'noise': ('squares', 'gradient', 'count'),
+    'signal': ('squares', 'gradient', 'count'),
+    'example_noise': ('squares', 'gradient', 'count', 'examples'),
 }
 # Fields that say of a layer whether it is left out at this step: a GradScaler has skipped its step.
 LEFT_OUT = {'updates': 'skipped', 'turns': 'skipped'}
 # What lines of the record can say of a step besides.
-NOTES = {'lr': 'learning rate of each parameter group that has stepped'}
+NOTES = {'lr': 'learning rate of each parameter group that has stepped',
+         'batch_examples': 'examples of the step, over micro-batches and processes'}
+# Statistics that are for the notes of a metric.
+OF_NOTES = {'batch_examples': ('pieces', 'examples')}
 # Of which measurement a statistic is, by the first word of the need.
 WHEN = {'before': "the metric's last measurement", 'recent': 'the sum over its last 25 to 50 measurements'}
 # Fields whose shape depends on the layer, so that they cannot be summed over layers.

@@ -53,12 +53,18 @@ class StepSource:
         """ What a checkpoint needs, as `saved` will be; if it lasts. """
         return {}
 
+    def loss_scale(self):
+        """ By what a GradScaler multiplies the loss, on the device, None without one. """
+        # A private name, since the public one waits for the device.
+        scale = getattr(self._scaler, '_scale', None)
+        return None if scale is None else scale.clone()
+
     def begin_step(self, step, fields):
         """ It is needed at a step, for some fields more. """
         self.step = step
         self.fields |= set(fields)
 
-    def begin_batch(self, weights, is_first=True):
+    def begin_batch(self, weights, is_first=True, examples=1):
         """ A batch begins, which may be the first of its step; `weights` is a Dict[str, Parameter] by layer. """
 
     def after_backward(self, weights):

@@ -51,7 +51,7 @@ class Updates(StepSource):
                     self._before[layer] = self.entries(weight).clone()
                     if not self.fields.isdisjoint(('moving', 'unmoved')):
                         self._moving[layer] = self._has_gradient(weight)
-            self._stepping = list(weights), self._scale()
+            self._stepping = list(weights), self.loss_scale()
 
     def _has_gradient(self, weight):
         grad = weight.grad
@@ -60,15 +60,10 @@ class Updates(StepSource):
             return None
         return self.entries(grad, weight) != 0
 
-    def _scale(self):
-        """ That of the GradScaler, on the device; a private name, since the public one waits for it. """
-        scale = getattr(self._scaler, '_scale', None)
-        return None if scale is None else scale.clone()
-
     def _end_optimizer(self):
         """ Of the optimizer that has stepped last: a GradScaler makes its scale smaller if it has skipped the step. """
         if self._stepping is not None:
-            (layers, before), now = self._stepping, self._scale()
+            (layers, before), now = self._stepping, self.loss_scale()
             skipped = 0. if before is None or now is None else double(now < before)
             self._skipped.update(dict.fromkeys(layers, skipped))
             self._stepping = None
