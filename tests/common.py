@@ -35,6 +35,7 @@ def of_source(*sources):
 
 
 ACTIVATIONS = of_source('activations')
+NOISE = of_source('pieces')
 # What is measured before the first step too.
 AT_START = of_source('weights', 'activations')
 

@@ -39,8 +39,9 @@ from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._vocabulary impor
 OF_ONE = [*references.OF_TENSORS, *references.OF_CALLS]
 # Fields that a source makes itself.
 OF_STEPS = {
-    'weights': set(), 'gradients': set(), 'updates': {'before_squares', 'moving', 'unmoved'}, 'pieces': {'examples', 'gradient'},
-    'distances': {'start_squares'}, 'turns': {'dot', 'gradient_squares', 'step_squares'}}
+    'weights': set(), 'gradients': set(), 'updates': {'before_squares', 'moving', 'unmoved'},
+    'pieces': {'examples', 'gradient', 'known'}, 'distances': {'start_squares'},
+    'turns': {'dot', 'gradient_squares', 'step_squares'}}
 EXACT = {'dead_units', 'rare_units', 'srank99'}
 
 

@@ -1,8 +1,11 @@
 """
 What speaks of learning rate and batch size: oracles by hand, plain training loops, and every kind of run.
 """
+import contextlib
 import copy
+import gc
 import math
+import weakref
 
 import pytest
 import pytorch_lightning as pl
@@ -16,7 +19,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from geowatch.utils.lightning_ext.callbacks.plasticity import PlasticityMonitor
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine.lightning import resolve
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources import Updates
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.chunks import Chunks
+from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import METRICS
 
 
 def weight(*rows):
@@ -440,10 +446,10 @@ def test_sums_go_into_checkpoints(tmp_path):
     kwargs = {'accumulate_grad_batches': 2}
     _, _, whole, _ = fit(tmp_path / 'whole', PlasticityMonitor('noise_scale@1'), validate=False, **kwargs)
     lines = resumed(tmp_path, 'noise_scale@1', **kwargs)
-    # Two steps of two micro-batches an epoch, and one of one, which tells nothing.
-    assert values(whole, 'noise_scale')[2:] == pytest.approx(values(lines, 'noise_scale'), rel=1e-6)
-    assert [line['step'] for line in lines_of(whole, 'noise_scale')] == [0, 1, 3, 4]
-    assert [line['step'] for line in lines_of(lines, 'noise_scale')] == [3, 4]
+    # Two steps of two micro-batches an epoch, and one of one, which is looked at in chunks.
+    assert values(whole, 'noise_scale')[3:] == pytest.approx(values(lines, 'noise_scale'), rel=1e-6)
+    assert [line['step'] for line in lines_of(whole, 'noise_scale')] == list(range(6))
+    assert [line['step'] for line in lines_of(lines, 'noise_scale')] == [3, 4, 5]
 
 
 # --- noise_scale: beside gradients of single examples ----------------------------------------
@@ -506,3 +512,217 @@ def test_under_a_grad_scaler(tmp_path):
     _, _, scaled, _ = fit(tmp_path / 'b', PlasticityMonitor('noise_scale@1'), validate=False, max_epochs=1,
                           accumulate_grad_batches=2, plugins=[ScaledOnly()])
     assert values(scaled, 'noise_scale') == pytest.approx(values(plain, 'noise_scale'), rel=1e-4)
+
+
+# --- noise_scale: chunks of a batch ------------------------------------------------------------
+
+class Images(pl.LightningModule):
+    """ Convolutions with a batch norm between them, which lets examples see each other. """
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.norm, self.two = nn.Conv2d(2, 4, 2), nn.BatchNorm2d(4), nn.Conv2d(4, 6, 1, groups=2)
+        self.head = nn.Linear(6, 1)
+
+    def forward(self, batch, of_examples=None):
+        """ With weights of examples: each weight once for each example, (examples, *shape). """
+        own = of_examples or {name: [layer.weight] for name, layer in (('one', self.one), ('two', self.two))}
+        x = batch.view(-1, 2, 2, 2)
+        x = torch.relu(self.norm(self.convolve(x, own['one'], self.one)))
+        x = torch.tanh(self.convolve(x, own['two'], self.two)).flatten(1)
+        if of_examples:
+            return (x[:, None] @ own['head'].mT)[:, 0] + self.head.bias
+        return self.head(x)
+
+    @staticmethod
+    def convolve(x, weights, layer):
+        if len(weights) == 1:
+            return layer(x)
+        b, out = len(x), layer.out_channels
+        y = nn.functional.conv2d(x.flatten(0, 1)[None], weights.flatten(0, 1), layer.bias.repeat(b),
+                                 groups=layer.groups * b)
+        return y.view(b, out, *y.shape[2:])
+
+    def loss(self, batch, *args):
+        return (self(batch, *args) - batch[:, :1]).square().mean()
+
+    def training_step(self, batch, batch_idx):
+        return self.loss(batch)
+
+    configure_optimizers = Net.configure_optimizers
+
+
+class Tokens(Images):
+    """ A transformer, whose attention takes its weights without calling a layer. """
+    batch_first = True
+
+    def __init__(self):
+        pl.LightningModule.__init__(self)
+        self.embed = nn.Embedding(13, 4)
+        layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0., batch_first=self.batch_first)
+        self.encoder, self.head = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(4, 1)
+
+    def forward(self, batch):
+        x = self.embed((batch * 3).abs().long().clamp(max=12))
+        x = self.encoder(x) if self.batch_first else self.encoder(x.transpose(0, 1)).transpose(0, 1)
+        return self.head(x).mean(1)
+
+
+class TokensFirst(Tokens):
+    batch_first = False
+
+
+class Twice(Mean):
+    """ A layer that is used twice, and a weight that is tied to another. """
+
+    def __init__(self):
+        super().__init__()
+        self.again = nn.Linear(16, 8)
+        self.again.weight = nn.Parameter(self.fc1.weight.detach().T.clone())
+
+    def features(self, x):
+        first = torch.tanh(self.again(self.act(self.fc1(x))))
+        first = self.act(self.fc1(first)) + nn.functional.linear(first, self.again.weight.T)
+        return first, torch.relu(self.fc2(first))
+
+
+def contributions(net, batch):
+    """ Of each weight what each example adds to the gradient of the mean loss, times the number of examples. """
+    if type(net) is not Images:
+        return by_examples(net, lambda f, x: (f(x) - x[:, :1]).square().mean(), batch)
+    net = copy.deepcopy(net)
+    layers = {'one': net.one, 'two': net.two, 'head': net.head}
+    own = {name: layer.weight.detach().expand(len(batch), *layer.weight.shape).clone().requires_grad_()
+           for name, layer in layers.items()}
+    grads = torch.autograd.grad(net.loss(batch, own), list(own.values()))
+    return {name: g.double() * len(batch) for name, g in zip(own, grads, strict=True)}
+
+
+def chunked(folder, net, data, batch_size=10, **kwargs):
+    return fit(folder, PlasticityMonitor('noise_scale@1'), net, validate=False, max_epochs=1,
+               loader=DataLoader(data, batch_size=batch_size), **kwargs)[2]
+
+
+@pytest.mark.parametrize('precision, rel', [('64-true', 1e-7), ('32-true', 1e-5), ('bf16-mixed', 1e-2)])
+@pytest.mark.parametrize('cls', [Mean, Images, Tokens, TokensFirst, Twice])
+def test_chunks_beside_single_examples(tmp_path, cls, precision, rel):
+    """ Of 10 examples, in chunks of 3, 3, 2 and 2. """
+    net, data = make_net(cls), make_data(37)
+    if precision == '64-true':
+        net, data = net.double(), data.double()
+    expected = reference(contributions(net, data[:10]), [3, 3, 2, 2])
+    lines = chunked(tmp_path, net, data, precision=precision)
+    if precision == 'bf16-mixed':  # layers have more rounding than the network
+        value, fraction = (last(lines[:2], name)['value'] for name in ('noise_scale', 'noise_fraction'))
+        assert fraction == pytest.approx(expected[None][1], rel=rel)
+        assert value is None and expected[None][0] is None or value == pytest.approx(expected[None][0], rel=5 * rel)
+    else:
+        compare(lines, expected, rel)
+    assert lines[0]['covered'] == 1 and last(lines, 'noise_scale')['batch_examples'] == 7
+    assert len(lines_of(lines, 'noise_scale')) == 4
+
+
+class Loops(Mean):
+    def loss(self, batch):
+        return sum((self(item['x'][None]) - 1).square().sum() for item in batch)
+
+
+class Itself(Mean):
+    """ With a weight in an operation that has no rule, most of the gradient. """
+
+    def features(self, x):
+        first = torch.relu(torch.einsum('bi,oi->bo', x, self.fc1.weight * 5))
+        return first, torch.relu(self.fc2(first))
+
+
+class Checkpointed(Mean):
+    def features(self, x):
+        from torch.utils.checkpoint import checkpoint
+        first = checkpoint(lambda x: self.act(self.fc1(x)), x, use_reentrant=False)
+        return first, checkpoint(lambda x: torch.relu(self.fc2(x)), first, use_reentrant=False)
+
+
+class Square(Mean):
+    """ As many tokens as examples: which is which cannot be told. """
+
+    def forward(self, x):
+        return super().forward(x[:, None].expand(-1, len(x), -1)).mean(1)
+
+
+class TwoLosses(Mean):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        for loss in (self.loss(batch), self(batch).mean()):
+            self.manual_backward(loss)
+        optimizer.step()
+
+
+@pytest.mark.parametrize('cls, batch_size, words, has_lines', [
+    (Mean, 3, ['less than 4 examples'], False), (Loops, None, ['one by one'], False),
+    (Itself, 8, ['fc1 (used by MulBackward0)', 'covered'], True),
+    (Checkpointed, 8, ['fc1 (its activations are checkpointed or offloaded)', 'fc2'], True),
+    (Square, 8, ['two axes are as long as the batch'], False),
+    (TwoLosses, 8, ['more than one backward pass', 'accumulate_grad_batches'], False),
+])
+def test_what_is_not_known_is_said(tmp_path, capsys, cls, batch_size, words, has_lines):
+    data = make_data(12 if batch_size == 3 else 16)
+    loader = DataLoader(data, batch_size=batch_size)
+    if cls is Loops:
+        loader = DataLoader([[{'x': x} for x in part] for part in data.split(8)], batch_size=None)
+    _, _, lines, _ = fit(tmp_path, PlasticityMonitor('noise_scale@1'), make_net(cls), validate=False, loader=loader)
+    out = capsys.readouterr().out
+    (told,) = [line for line in out.splitlines() if line.startswith('PlasticityMonitor: noise_')
+               and 'every step' not in line]
+    assert all(word in told for word in words), told
+    assert bool(lines) == has_lines
+    for line in lines_of(lines, 'noise_scale'):
+        shares = of_layers(line, 'covered')
+        assert shares['fc1'] == 0 and shares['head'] == 1
+        assert (line['value'] is None) == (line['covered'] < 0.9) and 0 < line['covered'] < 1
+
+
+def test_a_gradient_that_a_hook_changes_is_not_known(tmp_path):
+    class Hooked(Mean):
+        def on_fit_start(self):
+            self.fc2.weight.register_hook(lambda grad: grad * 2)
+    lines = chunked(tmp_path, make_net(Hooked), make_data(16), batch_size=8)
+    shares = of_layers(lines_of(lines, 'noise_scale')[0], 'covered')
+    assert shares == {'fc1': 1, 'fc2': 0, 'head': 1}
+
+
+def test_chunks_at_every_tenth_log_step(tmp_path):
+    def intervals(**kwargs):
+        monitor = PlasticityMonitor('tuning')
+        _, trainer, _, _ = fit(tmp_path, monitor, max_steps=1, log_every_n_steps=3, logger=False, **kwargs)
+        return {name: resolve('auto', METRICS[name], trainer) for name in ('noise_scale', 'update_ratio')}
+    assert intervals() == {'noise_scale': 30, 'update_ratio': 3}
+    assert intervals(accumulate_grad_batches=2) == {'noise_scale': 3, 'update_ratio': 3}
+
+
+@pytest.mark.parametrize('fails', [False, True])
+def test_nothing_of_the_graph_is_kept(tmp_path, monkeypatch, fails):
+    """ Hooks on nodes of a graph refer to it: they are gone when the backward pass is over, and need no collector. """
+    class Fails(Mean):
+        def on_after_backward(self):
+            if fails:
+                raise KeyboardInterrupt
+
+    made, begin = [], Chunks.__init__
+
+    def remember(self, *args):
+        begin(self, *args)
+        made.append(weakref.ref(self))
+    monkeypatch.setattr(Chunks, '__init__', remember)
+    gc.collect()
+    gc.disable()
+    try:
+        with contextlib.suppress(KeyboardInterrupt, SystemExit):
+            chunked(tmp_path, make_net(Fails), make_data(16), batch_size=8)
+        assert len(made) == 2 - fails and not any(chunks() for chunks in made)
+    finally:
+        gc.enable()

@@ -150,12 +150,15 @@ class PlasticityMonitor(*_BASES):
         if self._fit is not None:
             self._fit.begin_batch(pl_module, batch, batch_idx)
 
-    def on_before_backward(self, trainer, pl_module, loss):
+    def on_before_zero_grad(self, trainer, pl_module, optimizer):
+        # Which comes first where gradients are not accumulated; it calls torch twice for each parameter.
         if self._fit is not None:
             self._fit.end_forward(pl_module)
 
-    # Which comes first where gradients are not accumulated; it calls torch twice for each parameter.
-    on_before_zero_grad = on_before_backward
+    def on_before_backward(self, trainer, pl_module, loss):
+        if self._fit is not None:
+            self._fit.end_forward(pl_module)
+            self._fit.begin_backward(loss)
 
     def on_after_backward(self, trainer, pl_module):
         if self._fit is not None:

@@ -170,6 +170,10 @@ class Fit:
         if module.automatic_optimization:
             self.looks.look_away()
 
+    def begin_backward(self, loss):
+        """ Let sources see the graph of a loss. """
+        self.steps.before_backward(loss)
+
     def end_backward(self, module):
         """ Let sources see what a micro-batch has added. """
         self.steps.after_backward(partial(self._walk, module))

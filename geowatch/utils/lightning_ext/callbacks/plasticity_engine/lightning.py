@@ -63,7 +63,11 @@ def resolve(interval, metric, trainer):
     """ What 'auto' means for a metric. """
     if interval != 'auto':
         return interval
-    return trainer.log_every_n_steps if metric.every == 'log' and trainer.log_every_n_steps else 'epoch'
+    if metric.every != 'log' or not trainer.log_every_n_steps:
+        return 'epoch'
+    # The chunks of a batch cost about as much as the step.
+    is_dear = 'pieces' in metric.sources and trainer.world_size * trainer.accumulate_grad_batches == 1
+    return trainer.log_every_n_steps * (10 if is_dear else 1)
 
 
 def is_last_step(trainer, batch_idx):

@@ -22,7 +22,7 @@ class Steps:
         self._notes = Notes()
         self._open = {}     # name to StepSource, of the step that goes on
         self._lasting = {}  # name to StepSource, of those that last
-        self._said = set()  # why sources find nothing, once it has been told
+        self._said = {}     # name to why a source finds nothing, once it has been told
 
     # --- which ---------------------------------------------------------------
 
@@ -88,8 +88,18 @@ class Steps:
 
     def begin_batch(self, walk, batch, batch_idx):
         """ A batch begins; walk() gives the weights by layer. """
+        trainer = self._fit.trainer
         for source in self._seeing_backward():
-            source.begin_batch(walk(), begins_step(self._fit.trainer, batch_idx), count_examples(batch))
+            is_first = begins_step(trainer, batch_idx)
+            ends = trainer.accumulate_grad_batches == 1 or trainer.is_last_batch
+            is_alone = is_first and ends and self._fit.processes.count == 1
+            source.begin_batch(walk(), is_first, 0 if is_alone and _has_items(batch) else count_examples(batch),
+                               is_alone)
+
+    def before_backward(self, loss):
+        """ A loss (Tensor) is about to be differentiated. """
+        for source in self._seeing_backward():
+            source.before_backward(loss)
 
     def after_backward(self, walk):
         """ A micro-batch has been through backward. """
@@ -151,7 +161,13 @@ class Steps:
     def _explain(self, source):
         """ Say once why a source finds nothing, or not all. """
         names = [name for name, metric in self._fit.metrics.items() if source.name in metric.sources]
-        if source.why_not is not None and source.why_not not in self._said and names:
-            self._said.add(source.why_not)
+        told = self._said.setdefault(source.name, [])
+        if source.why_not is not None and source.why_not not in told and len(told) < 3 and names:
+            told.append(source.why_not)
             if self._fit.processes.rank == 0:
                 print(f'PlasticityMonitor: {", ".join(names)}: {source.why_not}')
+
+
+def _has_items(batch):
+    """ Whether a batch is a list of items, such as dicts, as geowatch has them. """
+    return isinstance(batch, (list, tuple)) and any(isinstance(item, dict) for item in batch)

@@ -44,6 +44,7 @@ SOURCES = {
         'examples': 'how many examples the pieces are of, over micro-batches and processes',
         'squares': 'sum over the pieces of their sums of squares; the pieces add up to the gradient',
         'gradient': 'sum of squares of the gradient',
+        'known': 'the same where its pieces are known, else 0',
         'noise': 'estimate of the sum of squares of the noise in the gradient',
         'signal': 'estimate of the sum of squares of the gradient without noise',
         'example_noise': "estimate of the sum of squares of the noise in one example's gradient",
@@ -65,9 +66,9 @@ MADE_OF = {
     'spectrum': ('gram',),
     'centred_spectrum': ('gram', 'sum', 'rows'),
     'units': (),
-    'noise': ('squares', 'gradient', 'count'),
-    'signal': ('squares', 'gradient', 'count'),
-    'example_noise': ('squares', 'gradient', 'count', 'examples'),
+    'noise': ('squares', 'known', 'count'),
+    'signal': ('squares', 'known', 'count'),
+    'example_noise': ('squares', 'known', 'count', 'examples'),
 }
 # Fields that say of a layer whether it is left out at this step: a GradScaler has skipped its step.
 LEFT_OUT = {'updates': 'skipped', 'turns': 'skipped'}

@@ -1,10 +1,13 @@
 """
 The pieces of which a gradient is the sum.
 """
+from functools import partial
+
 import torch
 
 from ..sharding import count_of, is_sharded, local_part
-from ..statistics.sums import sums
+from ..statistics.sums import double, sums
+from .chunks import Chunks, known
 from .step import StepSource
 
 
@@ -14,8 +17,9 @@ class Pieces(StepSource):
 
     A plain parameter's piece is what reaches it in backward, before DDP
     reduces it. The gradient of a sharded one is reduced over processes at
-    once, so that its piece is by how much it grew. A single piece tells
-    nothing, and is left out.
+    once, so that its piece is by how much it grew. Of a single micro-batch on
+    a single process the pieces are :class:`.Chunks` of it. One piece alone
+    tells nothing, and is left out.
 
     Example:
         >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.pieces import Pieces
@@ -38,6 +42,7 @@ class Pieces(StepSource):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._handles = []
+        self._chunks = None     # of a micro-batch that is alone
         self._begin()
 
     def _begin(self):
@@ -48,7 +53,7 @@ class Pieces(StepSource):
         self._sums = {}     # layer to field to a number
         self._grown = {}    # sharded layer to its gradient so far
 
-    def begin_batch(self, weights, is_first=True, examples=1):
+    def begin_batch(self, weights, is_first=True, examples=1, is_alone=False):
         self.close()
         if is_first:
             self._begin()
@@ -56,10 +61,26 @@ class Pieces(StepSource):
         self._begins = True
         self._batches += 1
         self._examples += examples
-        if self._is_whole:
+        self._chunks = None
+        if is_alone:
+            self._begin_chunks(weights, examples)
+        elif self._is_whole:
             for layer, weight in weights.items():
                 if not is_sharded(weight):
                     self._handles.append(weight.register_hook(lambda grad, layer=layer: self._arrives(layer, grad)))
+
+    def _begin_chunks(self, weights, examples):
+        if not examples:
+            self.why_not = 'the network may take the items of a batch one by one; use accumulate_grad_batches'
+        elif examples < Chunks.count:
+            self.why_not = (f'a batch of less than {Chunks.count} examples has no pieces to compare; '
+                            'use accumulate_grad_batches')
+        else:
+            self._chunks = Chunks(weights, examples, partial(self._guard, self.name, self.fields))
+
+    def before_backward(self, loss):
+        if self._chunks is not None:
+            self._chunks.watch(loss)
 
     def _arrives(self, layer, grad):
         with torch.no_grad(), self._guard(self.name, self.fields):
@@ -68,6 +89,8 @@ class Pieces(StepSource):
 
     def after_backward(self, weights):
         self.close()
+        if self._chunks is not None:
+            return
         # Several losses of one batch are no pieces of it.
         self._is_whole &= self._begins
         self._begins = False
@@ -91,21 +114,50 @@ class Pieces(StepSource):
 
     def before_step(self, weights, scale):
         with self._guard(self.name, self.fields):
-            layers = {layer: weight for layer, weight in weights.items()
-                      if layer in self._sums and weight.grad is not None and self._tells(weight)}
-            loss_scale = self.loss_scale()
-            for layer, weight in layers.items():
-                own = self._sums.pop(layer)
-                if loss_scale is not None and 'squares' in own:
-                    # What arrives in backward is scaled; what an optimizer steps with is not any more.
-                    own['squares'] = own['squares'] / loss_scale.double() ** 2
-                # A layer that a micro-batch has not reached has a piece of zeros.
-                of_all = count_of(weight, local_part(weight)[1]) / weight.numel()
-                own.update(count=self._batches * of_all, examples=float(self._examples))
+            gradients = self._gradients({layer: weight for layer, weight in weights.items()
+                                         if weight.grad is not None}, scale)
+            found = self._of_chunks if self._chunks is not None else self._of_micro_batches
+            for layer, own in found(weights, gradients).items():
                 for field in self.fields.intersection(own):
                     self._found.setdefault(field, {})[layer] = own[field]
-            if 'gradient' in self.fields:
-                self._found.setdefault('gradient', {}).update(self._gradients(layers, scale))
+
+    def _of_micro_batches(self, weights, gradients):
+        found, scale = {}, self._loss_scale_squared()
+        for layer, gradient in gradients.items():
+            weight = weights[layer]
+            if layer in self._sums and self._tells(weight):
+                own = self._sums.pop(layer)
+                # A layer that a micro-batch has not reached has a piece of zeros.
+                of_all = count_of(weight, local_part(weight)[1]) / weight.numel()
+                found[layer] = {**own, 'count': self._batches * of_all, 'examples': float(self._examples),
+                                'gradient': gradient, 'known': gradient}
+                if 'squares' in own:
+                    found[layer]['squares'] = own['squares'] / scale
+        return found
+
+    def _of_chunks(self, weights, gradients):
+        chunks, found, scale = self._chunks, {}, self._loss_scale_squared()
+        unknown = {layer: chunks.unknown.get(layer, 'not in the graph of the loss')
+                   for layer in gradients if layer in chunks.unknown or layer not in chunks.found}
+        if unknown:
+            self.why_not = _explain(unknown, len(gradients))
+        if len(unknown) == len(gradients):
+            return {}
+        for layer, gradient in gradients.items():
+            squares, of_sum = 0., 0.
+            if layer not in unknown:
+                squares, of_sum = known(*(x / scale for x in chunks.found[layer]), gradient)
+            found[layer] = {'squares': squares, 'known': of_sum, 'gradient': gradient, 'count': chunks.equal_pieces,
+                            'examples': float(self._examples)}
+        bad = sums({layer: weights[layer].grad for layer in found}, ['nonfinite'])['nonfinite']
+        for layer, own in found.items():
+            own['nonfinite'] = bad[layer] * (chunks.equal_pieces / weights[layer].numel())
+        return found
+
+    def _loss_scale_squared(self):
+        """ What arrives in backward is scaled; what an optimizer steps with is not any more. """
+        scale = self.loss_scale()
+        return 1. if scale is None else double(scale) ** 2
 
     def _tells(self, weight):
         """ Whether there is more than one piece. """
@@ -113,10 +165,9 @@ class Pieces(StepSource):
             return False
         if self._batches > 1 or self._processes > 1 and not is_sharded(weight):
             return True
-        self.why_not = ('the gradients of sharded weights are reduced at once, and without accumulate_grad_batches '
-                        'there is nothing to compare' if is_sharded(weight) else
-                        'the gradient is of one batch on one process, and without accumulate_grad_batches there is '
-                        'nothing to compare')
+        if is_sharded(weight):
+            self.why_not = ('gradients of sharded weights are reduced at once, so that there are no pieces to compare '
+                            'without accumulate_grad_batches')
         return False
 
     def _gradients(self, layers, scale):
@@ -129,3 +180,14 @@ class Pieces(StepSource):
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        if self._chunks is not None:
+            self._chunks.close()
+
+
+def _explain(unknown, count, shown=3):
+    """ Of which layers pieces are not known, for the user to read. """
+    named = [f'{layer} ({why})' for layer, why in list(unknown.items())[:shown]]
+    more = f' and {len(unknown) - shown} more' if len(unknown) > shown else ''
+    then = ('there is no value; use accumulate_grad_batches' if len(unknown) == count else
+            'there is a value while the others have 0.9 of the squared gradient, see its column `covered`')
+    return f'no pieces of the gradient are known of {", ".join(named)}{more}: {then}'

@@ -64,8 +64,19 @@ class StepSource:
         self.step = step
         self.fields |= set(fields)
 
-    def begin_batch(self, weights, is_first=True, examples=1):
-        """ A batch begins, which may be the first of its step; `weights` is a Dict[str, Parameter] by layer. """
+    def begin_batch(self, weights, is_first=True, examples=1, is_alone=False):
+        """
+        A batch begins.
+
+        Args:
+            weights (Dict[str, Parameter]): by layer
+            is_first (bool): of its step
+            examples (int): in it; 0 if it is a list of items, which a network may take one by one
+            is_alone (bool): whether it is all of its step, over all processes
+        """
+
+    def before_backward(self, loss):
+        """ A loss (Tensor) is about to be differentiated. """
 
     def after_backward(self, weights):
         """ A micro-batch has been through backward. """
