@@ -95,7 +95,7 @@ def test_measures_everything(trained):
     assert all(0 <= line['value'] <= 1 for line in lines if line['metric'] in shares)
     (said,) = [line for line in output.splitlines() if line.startswith('PlasticityMonitor: weight_mag')]
     assert 'activations in validation' in said
-    assert 'never measured: noise_scale, noise_fraction' in output and 'one by one' in output
+    assert 'never measured: noise_fraction, noise_scale' in output and 'one by one' in output
 
 
 def test_weight_mag_is_that_of_the_checkpoint(trained):

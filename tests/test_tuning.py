@@ -11,9 +11,11 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from common import Net, fit, last, lines_of, make_data, make_net, read_lines
+from process_runs import Routed, batches_of
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.plugins.precision import MixedPrecision
 from test_gradients import ScaledOnly
+from test_processes import Ran
 from test_sources import Adam, TwoOptimizers, squares
 from torch import nn
 from torch.utils.data import DataLoader
@@ -726,3 +728,36 @@ def test_nothing_of_the_graph_is_kept(tmp_path, monkeypatch, fails):
         assert len(made) == 2 - fails and not any(chunks() for chunks in made)
     finally:
         gc.enable()
+
+
+# --- several processes ---------------------------------------------------------------------
+
+@pytest.mark.parametrize('strategy', ['ddp', 'fsdp2'])
+def test_in_two_processes(tmp_path, strategy):
+    """ Ranks and micro-batches are pieces; of sharded gradients, which are reduced at once, micro-batches alone. """
+    names = 'update_ratio,step_alignment,noise_scale,weight_distance'
+    ran = Ran(tmp_path / 'two', 2, strategy=strategy, epochs=1, monitor={'metrics': names}, accumulate=2)
+    alone = Ran(tmp_path / 'one', 1, strategy=strategy, epochs=1, monitor={'metrics': names}, accumulate=2)
+    assert max(ran.collectives().values()) <= 2
+    for name in names.split(','):
+        own, others = lines_of(ran.lines, name), lines_of(alone.lines, name)
+        assert len(own) >= 2 and [line['step'] for line in own] == (
+            list(range(len(own))) if name == 'noise_scale' else [line['step'] for line in others])
+        if name != 'noise_scale' or strategy == 'fsdp2':
+            assert values(own, name) == pytest.approx(values(others, name)[:len(own)], rel=1e-6)
+    net = make_net(Routed).double()
+    net.always = strategy != 'ddp'
+    parts = [batches_of(rank, 2, 'even')[:2] for rank in range(2)]
+    weights = {name.removesuffix('.weight'): p for name, p in net.named_parameters() if p.ndim > 1}
+    pieces = [torch.autograd.grad(net.loss(batch) / 2, list(weights.values()), allow_unused=True)
+              for part in parts for batch in part]
+    if strategy == 'fsdp2':
+        pieces = [[a + b for a, b in zip(pieces[i], pieces[i + 2], strict=True)] for i in range(2)]
+    line, k, b = lines_of(ran.lines, 'noise_scale')[0], len(pieces), sum(len(x) for part in parts for x in part)
+    n = s = 0.
+    for layer, own in zip(weights, zip(*pieces, strict=True), strict=True):
+        own = [torch.zeros_like(weights[layer]) if g is None else g for g in own]
+        n, s = n + sum(own).square().sum().item(), s + sum(g.square().sum().item() for g in own)
+    assert line['fraction'] == pytest.approx((k * s - n) / ((k - 1) * n), rel=1e-6)
+    assert line['value'] == (pytest.approx(b / k * (k * s - n) / (n - s), rel=1e-6) if n > s else None)
+    assert line['batch_examples'] == b == 16

@@ -52,7 +52,8 @@ class Distances(StepSource):
                 part, share = local_part(weight)
                 if start is not None and start.shape == part.shape:
                     starts[layer], shares[layer] = start, share
-                    steps[layer] = (part.float() if part.element_size() < 4 else part) - start
+                    new, old = (x.float() if x.element_size() < 4 else x for x in (part, start))
+                    steps[layer] = new - old
             found = {**sums(steps, self.fields.intersection(('squares', 'nonfinite'))),
                      'count': sums({layer: weights[layer] for layer in steps}, ['count']).get('count', {}),
                      'start_squares': sums(starts, ['squares']).get('squares', {})}

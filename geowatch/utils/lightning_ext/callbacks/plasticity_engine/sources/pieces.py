@@ -125,9 +125,9 @@ class Pieces(StepSource):
         found, scale = {}, self._loss_scale_squared()
         for layer, gradient in gradients.items():
             weight = weights[layer]
-            if layer in self._sums and self._tells(weight):
-                own = self._sums.pop(layer)
-                # A layer that a micro-batch has not reached has a piece of zeros.
+            # A layer that a micro-batch has not reached, here or on any process, has a piece of zeros.
+            own = self._sums.pop(layer, {'squares': 0., 'nonfinite': 0.} if self._processes > 1 else None)
+            if own is not None and self._tells(weight):
                 of_all = count_of(weight, local_part(weight)[1]) / weight.numel()
                 found[layer] = {**own, 'count': self._batches * of_all, 'examples': float(self._examples),
                                 'gradient': gradient, 'known': gradient}

@@ -58,7 +58,8 @@ class Updates(StepSource):
         # Of sparse gradients the entries are not those of the weight.
         if grad is None or grad.layout is not torch.strided:
             return None
-        return self.entries(grad, weight) != 0
+        grad = self.entries(grad, weight)
+        return (grad.float() if grad.element_size() == 1 else grad) != 0
 
     def _end_optimizer(self):
         """ Of the optimizer that has stepped last: a GradScaler makes its scale smaller if it has skipped the step. """
@@ -100,8 +101,8 @@ class Updates(StepSource):
 
     def _step(self, weight, before):
         # bfloat16 is made wider first, so that the difference is exact.
-        after = self.entries(weight)
-        return (after.float() if before.element_size() < 4 else after) - before
+        after, before = (x.float() if x.element_size() < 4 else x for x in (self.entries(weight), before))
+        return after - before
 
     @classmethod
     def entries(cls, tensor, weight=None):
@@ -117,7 +118,10 @@ class Updates(StepSource):
         """
         part = local_part(tensor)[0]
         like = part if weight is None else local_part(weight)[0]
-        flat = part.permute(sorted(range(like.ndim), key=like.stride, reverse=True)).reshape(-1)
+        if part.is_contiguous() and like.is_contiguous():
+            flat = part.view(-1)
+        else:
+            flat = part.permute(sorted(range(like.ndim), key=like.stride, reverse=True)).reshape(-1)
         return flat if len(flat) <= cls.most else flat[::-(-len(flat) // cls.most) | 1]
 
     @staticmethod
