@@ -48,7 +48,8 @@ class MakeTuningPicturesCLI(scfg.DataConfig):
         config = cls.cli(cmdline=cmdline, data=kwargs, strict=True)
         out = Path(config.out).resolve()
         out.mkdir(parents=True, exist_ok=True)
-        logging.getLogger('pytorch_lightning').setLevel(logging.ERROR)
+        for name in ('pytorch_lightning', 'lightning.pytorch', 'lightning.fabric'):
+            logging.getLogger(name).setLevel(logging.ERROR)
         warnings.simplefilter('ignore')
         torch.set_num_threads(1)
 
