@@ -140,7 +140,7 @@ class MetricTable(Table):
         'page': ('Page', lambda name, one: f':doc:`{one.words.title.lower()} </metrics/{name}>`'),
         'about': ('What it is', lambda name, one: one.words.about),
         'rule': ('Worth a look when it', lambda name, one: one.words.rule),
-        'group': ('Group', lambda name, one: f'``{one.group}``'),
+        'group': ('Group', lambda name, one: f'``{one.group}``' if one.group else 'none'),
         'auto': ("``'auto'``", lambda name, one: '``log_every_n_steps``' if one.every == 'log' else 'epoch'),
     }
 

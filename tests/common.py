@@ -26,7 +26,8 @@ from geowatch.utils.lightning_ext.callbacks.plasticity_engine.statistics.calls i
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.statistics.tensors import functions_of
 from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import METRICS, members
 
-TAGS = tuple(members('paper'))
+# What is measured by default.
+TAGS = (*members('paper'), 'update_ratio')
 
 
 def of_source(*sources):
@@ -35,6 +36,7 @@ def of_source(*sources):
 
 
 ACTIVATIONS = of_source('activations')
+NOISE = of_source('pieces')
 # What is measured before the first step too.
 AT_START = of_source('weights', 'activations')
 
@@ -155,7 +157,8 @@ def finish(name, totals):
     """ The value of the network, and the columns of each layer, from additive statistics. """
     def guard(*args):
         return contextlib.nullcontext()
-    return evaluate(METRICS[name], *to_host([derive(totals, needed_keys([METRICS[name]]), guard)]))
+    columns, layers = evaluate(METRICS[name], *to_host([derive(totals, needed_keys([METRICS[name]]), guard)]))
+    return columns['value'], layers
 
 
 def measure_tensors(name, tensors):
@@ -245,7 +248,10 @@ def plain_training(net, data, batch_size=8, epochs=2, clip=None, optimizer=None)
             row.update(gradient_values(net))
             if clip:
                 torch.nn.utils.clip_grad_norm_(net.parameters(), clip)
+            before = {name: w.copy() for name, w in matrices(net).items()}
             optimizer.step()
+            steps = {name: w - before[name] for name, w in matrices(net).items()}
+            row['update_ratio'] = norm(steps) / norm(before)
             with torch.no_grad():
                 rows.append({**row, **weight_values(net), **feature_values(net.features(data))})
     return rows

@@ -226,7 +226,8 @@ def fault_of(fault, rank):
         cls.add = failing(cls.add)
 
 
-def train_together(folder, strategy='ddp', how='even', fault=None, epochs=2, sleep=0., monitor=None, toys=0):
+def train_together(folder, strategy='ddp', how='even', fault=None, epochs=2, sleep=0., monitor=None, toys=0,
+                   accumulate=1):
     """ What each rank does; what it saw goes to a file. """
     rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     watch = Watch()
@@ -258,7 +259,7 @@ def train_together(folder, strategy='ddp', how='even', fault=None, epochs=2, sle
     trainer = pl.Trainer(
         default_root_dir=folder, max_epochs=epochs, accelerator='cpu', devices=world, strategy=strategy,
         enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
-        accumulate_grad_batches=toys or 1,
+        accumulate_grad_batches=toys or accumulate,
         num_sanity_val_steps=-1,  # so that the start sees the same data whatever the number of processes
         use_distributed_sampler=False, logger=CSVLogger(folder, name='run', version=0),
         callbacks=[watch, PlasticityMonitor(**{'metrics': 'all', 'interval': 1, **(monitor or {})})])

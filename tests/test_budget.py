@@ -82,7 +82,7 @@ def test_what_is_cheap_stays_as_asked(tmp_path, dear):
 @pytest.mark.parametrize('source', ['validation', 'train'])
 def test_each_is_measured_at_least_once(tmp_path, source):
     monitor = PlasticityMonitor('all', interval='epoch', budget=1e-9, source=source)
-    lines, table, _ = run(tmp_path, monitor, n=20, max_epochs=3, validate=True)
+    lines, table, _ = run(tmp_path, monitor, n=20, batch_size=4, max_epochs=3, validate=True)
     for tag in ('weight_mag', 'grad_mag', 'grad_norm', 'dead_units', 'erank', 'feature_erank'):
         assert [line['epoch'] for line in lines_of(lines, tag)] == [0], tag
     assert lines_of(lines, 'overhead')[-1]['intervals'].keys() == METRICS.keys()

@@ -195,17 +195,21 @@ def test_keys_of_the_record_are_those_of_a_run(tmp_path):
         return absolute
     net = make_net()
     net.fc2.weight.data[0, 0] = float('nan')
-    _, trainer, _, _ = fit(tmp_path, PlasticityMonitor('all', budget=0.5), net, max_epochs=1)
+    _, trainer, _, _ = fit(tmp_path, PlasticityMonitor('all', budget=0.5), net, max_epochs=1, batch_size=4,
+                           accumulate_grad_batches=2)
     lines = read_lines(trainer, start=True)
+    # Of a gradient that is not finite there is no noise.
+    lines += fit(tmp_path / 'finite', PlasticityMonitor('noise_scale'), max_epochs=1)[2]
     text = section(page('reference.md'), 'plasticity.jsonl')
     keys = {key for line in lines for key in line}
     columns = {key for line in lines for layer in line['layers'].values() for key in layer if key != 'value'}
-    assert keys >= {'words', 'intervals'} and columns == {'units', 'linear', 'rows', 'nonfinite'}
+    assert keys >= {'words', 'intervals'}
+    assert columns == {'units', 'linear', 'rows', 'nonfinite', 'unmoved', 'fraction', 'covered'}
     assert [key for key in sorted(keys | columns) if f'| `{key}` |' not in text] == []
     # Only where the text says so.
     assert [line['metric'] for line in lines if 'words' in line] == ['my_own']
     assert {line['metric'] for line in lines if 'intervals' in line} == {'overhead'}
-    for column in ('units', 'linear', 'rows'):
+    for column in ('units', 'linear', 'rows', 'unmoved', 'fraction', 'covered'):
         (row,) = [row for row in text.splitlines() if row.startswith(f'| `{column}` |')]
         assert row.split('|')[2].strip() == ', '.join(sorted({
             line['metric'] for line in lines if any(column in layer for layer in line['layers'].values())}))

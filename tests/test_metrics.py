@@ -10,6 +10,7 @@ import references
 import torch
 from common import (
     ACTIVATIONS,
+    TAGS,
     Net,
     fit,
     lines_of,
@@ -35,12 +36,18 @@ from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import (
 )
 from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._vocabulary import MADE_OF, SOURCES, additive_fields
 
+OF_ONE = [*references.OF_TENSORS, *references.OF_CALLS]
+# Fields that a source makes itself.
+OF_STEPS = {
+    'weights': set(), 'gradients': set(), 'updates': {'before_squares', 'moving', 'unmoved'},
+    'pieces': {'examples', 'gradient', 'known'}, 'distances': {'start_squares'},
+    'turns': {'dot', 'gradient_squares', 'step_squares'}}
 EXACT = {'dead_units', 'rare_units', 'srank99'}
 
 
 def test_every_metric_has_a_reference():
     """ To add a metric, say in references.py once more and in other words what it is. """
-    assert METRICS.keys() == references.OF_TENSORS.keys() | references.OF_CALLS.keys()
+    assert METRICS.keys() == {*OF_ONE, *references.OF_STEPS}
 
 
 def tensors(dtype=torch.float32):
@@ -98,7 +105,7 @@ def test_of_calls(name, dtype, rel, batches):
 
 
 @pytest.mark.parametrize('bad', [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize('name', METRICS)
+@pytest.mark.parametrize('name', OF_ONE)
 def test_a_layer_that_is_not_finite(name, bad):
     if name in ACTIVATIONS:
         given = calls()
@@ -211,10 +218,10 @@ def test_in_a_run(tmp_path, kwargs):
     net = make_net(Keeps, dead=5)
     if 'precision' in kwargs:
         kwargs = {**kwargs, 'loader': torch.utils.data.DataLoader(make_data().bfloat16(), batch_size=8)}
-    monitor = PlasticityMonitor('all', interval=1, source='train', samples=8)
+    monitor = PlasticityMonitor(OF_ONE, interval=1, source='train', samples=8)
     _, _, lines, _ = fit(tmp_path, monitor, net, validate=False, **kwargs)
     assert len(net.raw) == 10
-    for name in METRICS:
+    for name in OF_ONE:
         own = lines_of(lines, name)
         assert [line['step'] for line in own] == list(range(10))
         for line, raw in zip(own, net.raw, strict=True):
@@ -231,7 +238,7 @@ def test_all_fields_are_made():
                 for field in maker.fields}
     for source, fields in SOURCES.items():
         for field in fields:
-            made = of_calls if source == 'activations' else of_tensors | {'before_squares'}
+            made = of_calls if source == 'activations' else of_tensors | OF_STEPS[source]
             assert set(additive_fields(field)) <= made, (source, field)
     assert of_calls - set(SOURCES['activations']) == {'gram', 'sum'} == set(MADE_OF['centred_spectrum']) - {'rows'}
     assert set(STEP_SOURCES) == set(SOURCES) - {'activations'}
@@ -311,7 +318,7 @@ def nothing(x):
 
 
 def test_unknown_needs_fail_when_a_metric_is_registered():
-    with refused('weigths.abs', 'weights, gradients, updates, pieces, activations'):
+    with refused('weigths.abs', 'weights, gradients, distances, turns, updates, pieces, activations'):
         metric(needs=('weigths.abs',))(nothing)
     with refused('weights.away', 'weights.abs', 'weights.spectrum'):
         metric(needs=('weights.away',))(nothing)
@@ -353,8 +360,10 @@ def test_groups():
     assert set(members('paper')) == {'weight_mag', 'grad_mag', 'grad_norm', 'dead_units', 'erank', 'feature_erank'}
     assert set(members('units')) == {'sign_entropy', 'rare_units'}
     assert set(members('ranks')) == {'srank99', 'centred_erank', 'stable_rank', 'spectral_norm'}
+    assert set(members('tuning')) == {'update_ratio', 'step_alignment', 'noise_scale', 'noise_fraction'}
     assert members('all') == list(METRICS)
-    assert all(one.group in GROUPS for one in METRICS.values())
+    # Which keeps a copy of all weights.
+    assert [name for name, one in METRICS.items() if one.group not in GROUPS] == ['weight_distance']
 
 
 @pytest.mark.parametrize('choice, expected', [
@@ -372,9 +381,9 @@ def test_choices(choice, expected):
         name: 'auto' if own is None else own for name, own in expected.items()}
 
 
-def test_the_default_is_the_paper(tmp_path):
+def test_the_default(tmp_path):
     _, trainer, _, _ = fit(tmp_path, PlasticityMonitor(), max_epochs=1)
-    assert {line['metric'] for line in read_lines(trainer)} == set(members('paper'))
+    assert {line['metric'] for line in read_lines(trainer)} == {*members('paper'), 'update_ratio'} == set(TAGS)
 
 
 def test_one_statistic_serves_all_that_need_it(tmp_path, monkeypatch):

@@ -35,7 +35,7 @@ def table(lines):
 # --- loggers -----------------------------------------------------------------
 
 def test_event_file(tmp_path):
-    _, trainer, _, _ = fit(tmp_path, PlasticityMonitor('paper', interval=2))
+    _, trainer, _, _ = fit(tmp_path, PlasticityMonitor(interval=2))
     lines = read_lines(trainer, start=True)
     events = read_events(trainer.log_dir)
     assert set(events) == KEYS
@@ -73,7 +73,7 @@ def test_per_layer(tmp_path):
 def test_layers_stay_out_of_the_loggers(tmp_path):
     # The host draws a picture for each tag.
     logger = Recorder(tmp_path)
-    fit(tmp_path, PlasticityMonitor('paper'), logger=logger)
+    fit(tmp_path, PlasticityMonitor(), logger=logger)
     assert {key for _, key, _ in logger.table()} == KEYS
 
 
@@ -165,10 +165,11 @@ def test_model_checkpoint_at_each_step(tmp_path):
 @pytest.mark.parametrize('source', ['train', 'validation'])
 def test_lines(tmp_path, source):
     before = time.time()
-    _, trainer, lines, _ = fit(tmp_path, PlasticityMonitor('paper', source=source))
+    _, trainer, lines, _ = fit(tmp_path, PlasticityMonitor(source=source))
     assert {line['metric'] for line in lines} == set(TAGS)
     for line in lines:
-        assert list(line) == ['metric', 'step', 'epoch', 'time', 'samples', 'value', 'layers', 'run']
+        more = ['unmoved', 'lr'] if line['metric'] == 'update_ratio' else []
+        assert list(line) == ['metric', 'step', 'epoch', 'time', 'samples', 'value', 'layers', *more, 'run']
         assert line['epoch'] == line['step'] // 5
         assert before <= line['time'] <= time.time()
         assert len(line['layers']) == (2 if line['metric'] in ('dead_units', 'feature_erank') else 3)
@@ -292,6 +293,6 @@ def test_fast_dev_run(tmp_path, monkeypatch):
 def test_values_are_plain_json(tmp_path):
     _, trainer, _, _ = fit(tmp_path, PlasticityMonitor(), max_epochs=1)
     text = (Path(trainer.log_dir) / 'plasticity.jsonl').read_text()
-    # With the untrained network, but for its gradients.
-    assert text.endswith('\n') and len(text.splitlines()) == 2 * len(TAGS) - 2
+    # With the untrained network, but for its gradients and steps.
+    assert text.endswith('\n') and len(text.splitlines()) == 2 * len(TAGS) - 3
     assert all(isinstance(json.loads(line)['value'], (int, float)) for line in text.splitlines())

@@ -12,7 +12,7 @@ from geowatch.utils.lightning_ext.callbacks.plasticity import PlasticityMonitor
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.schedule import Schedule
 
 WEIGHTS = ('weight_mag', 'erank')
-GRADIENTS = ('grad_mag', 'grad_norm')
+GRADIENTS = ('grad_mag', 'grad_norm', 'update_ratio')
 ACTIVATIONS = ('dead_units', 'feature_erank')
 
 

@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader
 from geowatch.utils.lightning_ext.callbacks.plasticity import PlasticityMonitor
 from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import METRICS
 
-GRADIENTS = ('grad_mag', 'grad_norm')
+GRADIENTS = ('grad_mag', 'grad_norm', 'update_ratio')
 
 
 def start_of(trainer):
@@ -197,7 +197,7 @@ def test_loggers_get_it(tmp_path):
     events = EventAccumulator(loggers[2].log_dir, size_guidance={'scalars': 0}).Reload()
     for name in METRICS:
         steps = [event.step for event in events.Scalars(f'plasticity/{name}')]
-        assert steps == sorted(set(steps)) and (steps[0] == -1) == (name not in GRADIENTS)
+        assert steps == sorted(set(steps)) and (steps[0] == -1) == (name in AT_START)
 
 
 def test_wandb_takes_it(tmp_path, monkeypatch):

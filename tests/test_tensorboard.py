@@ -54,7 +54,7 @@ def test_one_page_has_a_chart_for_each_tag(tmp_path):
     assert list(pages) == ['plasticity']
     assert list(pages['plasticity']) == [
         'Weight magnitude', 'Gradient magnitude', 'Gradient norm', 'Dead units', 'Effective rank of weights',
-        'Effective rank of features']
+        'Effective rank of features', 'Update ratio']
     # Each pattern finds its own tag and no other.
     found = [[tag for tag in events.Tags()['scalars'] if re.match(pattern, tag)]
              for patterns in pages['plasticity'].values() for pattern in patterns]
@@ -91,7 +91,7 @@ def test_text_names_the_worst_layers(tmp_path):
     # What was measured at an earlier step of the epoch stays in it.
     assert [row.split(' | ')[0] for row in table[2:]] == [f'| {title}' for title in (
         'Weight magnitude', 'Gradient magnitude', 'Gradient norm', 'Dead units', 'Effective rank of weights',
-        'Effective rank of features')]
+        'Effective rank of features', 'Update ratio')]
     layers = last(lines, 'dead_units')['layers']
     assert layers['act']['value'] == 0.25
     worst = max(layers, key=lambda name: layers[name]['value'])
@@ -210,7 +210,7 @@ def test_the_host_draws_the_default_tags_quickly(tmp_path):
     _, trainer, _, _ = fit(tmp_path, PlasticityMonitor(interval=1), max_epochs=20)
     events = read(trainer.log_dir)
     tags = events.Tags()['scalars']
-    assert len([tag for tag in tags if tag.startswith('plasticity')]) == 6
+    assert len([tag for tag in tags if tag.startswith('plasticity')]) == 7
     assert events.Scalars('plasticity/erank')[0].step == -1  # which it has to draw as well
     # The host forks from a process that has imported all of this.
     code = '''
@@ -228,7 +228,7 @@ def test_the_host_draws_the_default_tags_quickly(tmp_path):
     seconds = float(done.stdout.split()[-1])
     print(f'{seconds:.1f} CPU-s')
     drawn = [path.name for path in (tmp_path.glob('lightning_logs/*/monitor/tensorboard/*.png'))]
-    assert len([name for name in drawn if 'plasticity' in name]) == 6
+    assert len([name for name in drawn if 'plasticity' in name]) == 7
     assert seconds < 3
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from common import ACTIVATIONS, Net, make_data, read_lines
+from common import ACTIVATIONS, NOISE, Net, make_data, read_lines
 from pytorch_lightning.callbacks import Callback, StochasticWeightAveraging
 from torch import nn
 from torch.overrides import _get_current_function_mode
@@ -316,8 +316,9 @@ def test_training_is_the_same(tmp_path, name, source, capsys):
     # And something was measured.
     assert 'Traceback' not in capsys.readouterr().out
     measured = {line['metric'] for line in read_lines(trainer)}
-    # Inside kernels, and in front of all that is trained, there is no hidden layer to see.
-    assert set(METRICS) - measured <= (set(ACTIVATIONS) if name in {'recurrent', 'frozen transformer'} else set())
+    # Of one fused kernel neither activations nor chunks are known; in front of all that is trained is no hidden layer.
+    left_out = {'recurrent': {*ACTIVATIONS, *NOISE}, 'frozen transformer': {*ACTIVATIONS}}
+    assert set(METRICS) - measured <= left_out.get(name, set())
 
 
 def test_a_difference_is_seen(tmp_path):
@@ -380,5 +381,6 @@ def test_geowatch_model(tmp_path):
             trainer, own, own_keys = run(tmp_path / source, [monitor])
             assert equal(own, plain)
             assert own_keys == keys and _get_current_function_mode() is None
-            assert {line['metric'] for line in read_lines(trainer)} == set(METRICS)
+            # Its items are taken one by one.
+            assert {line['metric'] for line in read_lines(trainer)} == set(METRICS) - set(NOISE)
             copy.deepcopy(trainer.lightning_module)

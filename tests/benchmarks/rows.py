@@ -16,6 +16,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from noise import noise_scales
 from tools import Batches, lightning_resnet, resnet, run_lightning
 
 from geowatch.utils.lightning_ext.callbacks.plasticity import PlasticityMonitor
@@ -246,7 +247,8 @@ def registry():
                 measure(','.join(name for name in members(group) if METRICS[name].sources == (source,)), tensors)()
             apart = time.process_time() - start
             times.append(apart + look([name for name in members(group) if METRICS[name].sees_activations], net, images))
-    return {'metrics': {group: len(members(group)) for group in found},
+    return {'metrics': {group: sum(set(METRICS[name].sources) <= {'weights', 'gradients', 'activations'}
+                                   for name in members(group)) for group in found},
             **{group: sorted(times)[len(times) // 2] for group, times in found.items()}}
 
 
@@ -405,4 +407,4 @@ def _grad_norm(net):
 
 
 ROWS = {row.__name__: row for row in (quiet_step, one_read, erank_resnet, erank_wide, feature_erank, registry,
-                                      default_run, short_run, geowatch_run, imports, growth)}
+                                      noise_scales, default_run, short_run, geowatch_run, imports, growth)}

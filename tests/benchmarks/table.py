@@ -43,6 +43,9 @@ def table(results):
         add('CPU time of a logged step with weight_mag, grad_mag, dead_units, ResNet-18, batch of 8, 64 x 64', 'step',
             _more(tools[three]), ', '.join(f'{name} {_more(own)}' for name, own in others.items()))
         lines.append(f'| the same with the metrics of the paper | | {_more(tools[paper])} | |')
+        for name in ('update_ratio', 'step_alignment', 'noise_scale'):
+            if f'ours: {name}' in tools:
+                lines.append(f'| the same with {name} | | {_more(tools[f"ours: {name}"])} | |')
         lines.append(f'| the same with all metrics | | {_more(tools[everything])} | |')
     if not failed('quiet_step'):
         add('a step that is not logged: all hooks', 'quiet', f'{results["quiet_step"]["seconds"] * 1e6:.2f} µs')
@@ -76,6 +79,12 @@ def table(results):
             'registry',
             f'{own["all"]:.2f} CPU-s, {own["all"] / own["paper"]:.2f} times',
             f'the {own["metrics"]["paper"]} of the paper {own["paper"]:.2f}')
+    if not failed('noise_scales'):
+        own = results['noise_scales']
+        texts = {name: _noise(x) for name, x in own.items() if name != 'all examples'}
+        add('noise scale of an MLP on 20 batches of 64, and what a batch costs more', 'noise',
+            f'{texts.pop("ours")}, of all examples {own["all examples"]["value"]:.0f}',
+            ', '.join(f'{name} {text}' for name, text in texts.items()))
     for row, what in (
             ('default_run', 'default run of ResNet-18, 5 epochs of 50 000 images of 32 x 32, 10 000 of validation'),
             ('geowatch_run', "default run of geowatch's HeterogeneousModel, 5 epochs of 36 batches, 12 of validation"),
@@ -100,6 +109,10 @@ def table(results):
 
 def _reads(own):
     return own['error'] if 'error' in own else str(own['reads'])
+
+
+def _noise(own):
+    return own['error'] if 'error' in own else f'{own["value"]:.0f} ({own["more"]:+.0%})'
 
 
 def _more(own):

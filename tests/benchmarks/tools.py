@@ -100,6 +100,12 @@ def ours_paper(batches):
     ours(batches, 'paper')
 
 
+def ours_tuning(name):
+    def run(batches):
+        ours(batches, f'{name}@2')
+    return run
+
+
 def ours_all(batches):
     ours(batches, 'all')
 
@@ -207,6 +213,7 @@ def composer(batches):
 
 TOOLS = {
     'ours: weight_mag, grad_mag, dead_units': ours, 'ours: those of the paper': ours_paper,
+    **{f'ours: {name}': ours_tuning(name) for name in ('update_ratio', 'step_alignment', 'noise_scale')},
     'ours: all': ours_all, 'ormas-monitor': ormas, 'fastai ActivationStats': fastai,
     'Composer ActivationMonitor': composer,
     'wandb.watch(log="all")': wandb_watch, 'torch-module-monitor': module_monitor,

@@ -44,8 +44,8 @@ class PlasticityMonitor(*_BASES):
     Args:
         metrics (str | List[str]): names or groups separated by commas, a list
             of them, or 'all'. Each may carry its own interval:
-            ``'weight_mag@1,ranks@epoch'``. Groups are 'paper', 'units' and
-            'ranks'.
+            ``'weight_mag@1,ranks@epoch'``. Groups are 'paper', 'tuning',
+            'units' and 'ranks'.
         interval (int | str): a number of optimizer steps, 'epoch', a duration
             such as '5 minutes', or 'auto': weights and gradients every
             ``log_every_n_steps`` of the trainer, ranks and activations once
@@ -100,8 +100,8 @@ class PlasticityMonitor(*_BASES):
         [-1, 0, 1, 2, 3]
     """
 
-    def __init__(self, metrics='paper', interval='auto', source='auto', samples=2000, layers=None, per_layer=False,
-                 prog_bar=False, budget=None):
+    def __init__(self, metrics='paper,update_ratio', interval='auto', source='auto', samples=2000, layers=None,
+                 per_layer=False, prog_bar=False, budget=None):
         self.metrics = metrics
         self.interval = interval
         self.source = source
@@ -181,11 +181,13 @@ class PlasticityMonitor(*_BASES):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         self._hand_over(Fit.begin_batch, pl_module, batch)
 
-    def on_before_backward(self, trainer, pl_module, loss):
+    def on_before_zero_grad(self, trainer, pl_module, optimizer):
+        # Which comes first where gradients are not accumulated; it calls torch twice for each parameter.
         self._hand_over(Fit.end_forward, pl_module)
 
-    # Which comes first where gradients are not accumulated; it calls torch twice for each parameter.
-    on_before_zero_grad = on_before_backward
+    def on_before_backward(self, trainer, pl_module, loss):
+        self._hand_over(Fit.end_forward, pl_module)
+        self._hand_over(Fit.begin_backward, loss)
 
     def on_after_backward(self, trainer, pl_module):
         self._hand_over(Fit.end_backward, pl_module)

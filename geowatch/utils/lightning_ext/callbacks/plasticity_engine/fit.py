@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from kwutil import util_pattern
@@ -16,11 +17,11 @@ from ..plasticity_metrics import METRICS, PlasticityConfigError
 from .agenda import Agenda
 from .budget import Budget
 from .faults import Faults
+from .last_step import LastStep, listen
 from .lightning import (
     Moment,
     batches_left,
     begins_anew,
-    begins_step,
     choose_source,
     has_stepped,
     is_last_step,
@@ -36,18 +37,17 @@ from .lightning import (
     watched_by,
 )
 from .measurement import Reading, additive_keys, needing
+from .memory import Memory
 from .message import describe, grouped, why_missing
 from .places import new_run, open_lines
 from .processes import Processes
-from .publisher import Publisher, read_memory
+from .publisher import Publisher
 from .say import say, warn
-from .sharding import is_sharded
 from .sinks import FILE_NAME, Sinks
-from .sources import STEP_SOURCES
 from .sources.activations.looks import Looks, layer_paths
 from .sources.activations.modules import FUSED_FUNCTIONS
 from .sources.weights import Trained, parameters_of, wanted, weights_of
-from .last_step import LastStep, listen
+from .steps import Steps
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,7 @@ class Fit:
         self.faults = Faults(self.processes.rank, self.budget)
         self.looks = Looks(settings.samples, self.processes.count, self._wants, self.faults, self._needing,
                            self._names)
+        self.steps = Steps(self)
         self.agenda = self.publisher = None  # until the checkpoint is read
         self._restored = {}      # the state of a checkpoint, if the run goes on from one
         self._is_new = False     # whether the network is untrained
@@ -112,7 +113,6 @@ class Fit:
         self._told = None        # ids of parameters of whose steps Lightning tells; None for all
         self._handle = None      # of the hook for all others
         self._scales = False     # whether something scales the loss
-        self._sources = {}       # name to StepSource, of the step that goes on
         self._wanted = {}        # path of a layer to whether it is measured
         self._trained = Trained(trainer)
         self._sees_validation = False  # whether any hidden layer ran in one
@@ -157,7 +157,7 @@ class Fit:
             self.sinks.watched.update({tag: torch.tensor(x) for tag, x in watched.items() if isinstance(x, float)})
         if isinstance(run, str):
             self.run = run
-        self.publisher.memory = read_memory(self._restored.get('memory'))
+        self.publisher.memory = Memory(self._restored.get('memory'))
 
     def open(self, module):
         """ Tell what will be measured, and find a file for it. Training is sure to begin: tuners end before. """
@@ -198,10 +198,11 @@ class Fit:
         if self.budget is not None:
             self.budget.start(self.trainer.strategy.root_device)
         self.sinks.show()
+        self.steps.begin_training(self._walk(module), self._is_new, self._restored.get('sources'))
         if self._is_new:
             names = self._at_start(['weights'])
-            self._sources = self._open(names)
-            self.publisher.publish([self._step_reading(module, names, Moment(-1, self.trainer.current_epoch, False))])
+            self.steps.open(names, -1)
+            self.publisher.publish(self._step_readings(module, names, Moment(-1, self.trainer.current_epoch, False)))
 
     # --- a batch of training --------------------------------------------------------
 
@@ -226,12 +227,11 @@ class Fit:
         # Weights can be read at any time; what is there at a step only is read at each that may be the last.
         self._held = [name for name in self.agenda.missing(moment, of_steps) if name not in due
                       and set(self.metrics[name].sources) != {'weights'}] if may_be_last(trainer, module) else []
-        for name, source in self._open([*due, *self._held]).items():
-            self._sources.setdefault(name, source).fields |= source.fields
-        for source in self._seeing_backward():
-            source.begin_batch(self._walk(module), begins_step(trainer))
-        if self._told is not None and self._see_steps():
-            self._handle = listen(lambda optimizer: self._see(module, optimizer, self._told))
+        self.steps.open([*due, *self._held, *self.steps.due_next(module, moment)], step)
+        self.steps.begin_batch(partial(self._walk, module), batch)
+        if self._told is not None and self.steps.see_an_optimizer:
+            self._handle = listen(lambda optimizer: self.steps.before_step(partial(self._walk, module), optimizer,
+                                                                           self._told))
         if self.source == 'train':
             self._open_windows(self.agenda.due(step, self._of_activations()), moment)
             self._look(module, batch, batches_left(trainer))
@@ -247,13 +247,13 @@ class Fit:
         if module.automatic_optimization:
             self.looks.look_away()
 
+    def begin_backward(self, loss):
+        """ Let sources see the graph of a loss. """
+        self.steps.before_backward(loss)
+
     def end_backward(self, module):
         """ Let sources see what a micro-batch has added. """
-        for source in self._seeing_backward():
-            source.after_backward(self._walk(module))
-
-    def _seeing_backward(self):
-        return [source for source in self._sources.values() if source.sees_backward]
+        self.steps.after_backward(partial(self._walk, module))
 
     def before_step(self, module, optimizer):
         """ Let sources see the gradients, and the weights before an optimizer steps. """
@@ -261,18 +261,7 @@ class Fit:
         # Of manual optimization torch tells, also of optimizers that Lightning does not know.
         if self._is_awake and (self._handle is None or module.automatic_optimization
                                or not isinstance(optimizer, torch.optim.Optimizer)):
-            self._see(module, optimizer)
-
-    def _see(self, module, optimizer, told=()):
-        if self._see_steps():
-            own = {id(param) for group in optimizer.param_groups for param in group['params']}.difference(told)
-            weights = {layer: weight for layer, weight in self._walk(module).items()
-                       if any(id(param) in own for param in parameters_of(weight))}
-            for source in self._sources.values():
-                source.before_step(weights, scale_of(self.trainer, optimizer))
-
-    def _see_steps(self):
-        return any(name != 'weights' for name in self._sources)
+            self.steps.before_step(partial(self._walk, module), optimizer)
 
     def end_batch(self, module, batch):
         """ Measure what was due at this step, and what is left where it turns out to be the last. """
@@ -297,9 +286,9 @@ class Fit:
         if stepped:
             names = [name for name in self.metrics if not self.metrics[name].sees_activations
                      and self.agenda.schedules[name].is_due(step)]
-            if names or self._held:
-                reading = self._step_reading(module, names, self.moment)
-                readings += [reading] if names else []
+            found = self._step_readings(module, [*names, *self._held], self.moment)
+            readings += [replace(reading, metrics=names) for reading in found if names]
+            for reading in found:
                 if self._held:
                     self.last.hold('step', replace(reading, metrics=self._held))
         self.publisher.publish(readings, asks=stepped and self.agenda.asks_the_time(step))
@@ -312,7 +301,8 @@ class Fit:
             return self.moment.step + 1
         in_steps = [name for name, metric in self.metrics.items()
                     if not metric.sees_activations or self.source == 'train']
-        return self.agenda.wake(in_steps, self.moment, steps_until_an_end(self.trainer, module))
+        wake = self.agenda.wake(in_steps, self.moment, steps_until_an_end(self.trainer, module))
+        return max(wake - 1, self.moment.step + 1) if self.steps.looking_back() else wake
 
     def conclude(self, module, places=('step', 'validation')):
         """ Measure what the last step has left, where nobody could know before that it would be the last. """
@@ -332,10 +322,10 @@ class Fit:
         left = [name for name in missing if name not in taken
                 and set(self.metrics[name].sources) <= {'weights', 'gradients'}]
         if left:
-            self._sources = self._open(left)
-            if 'gradients' in self._sources and self.last.gradients_are_left:
-                self._sources['gradients'].before_step(self._walk(module), 1.)
-            readings.append(self._step_reading(module, left, moment))
+            self.steps.open(left, moment.step)
+            if self.last.gradients_are_left:
+                self.steps.look_again(partial(self._walk, module))
+            readings += self._step_readings(module, left, moment)
         self.publisher.publish(readings)
 
     # --- validation ---------------------------------------------------------------------
@@ -420,9 +410,7 @@ class Fit:
 
     def _close_sources(self):
         self._stop_listening()
-        for source in self._sources.values():
-            source.close()
-        self._sources = {}
+        self.steps.close()
 
     def _stop_listening(self):
         if self._handle is not None:
@@ -461,8 +449,9 @@ class Fit:
             if not window.start and window is not self._held_window:
                 for name in window.metrics:
                     schedules[name].update(next=0, epoch=None)  # due again, since what it has seen is not saved
-        return {'version': 2, 'time': time.time(), 'schedules': schedules, 'memory': self.publisher.state_dict(),
-                'run': self.run, 'watched': {tag: float(x) for tag, x in self.sinks.watched.items()}}
+        return {'version': 2, 'time': time.time(), 'schedules': schedules, 'sources': self.steps.state_dict(),
+                'memory': self.publisher.memory.state_dict(), 'run': self.run,
+                'watched': {tag: float(x) for tag, x in self.sinks.watched.items()}}
 
     def load_state_dict(self, state):
         """ Go on from a checkpoint, which may be of another version: what cannot be read is left alone. """
@@ -499,7 +488,7 @@ class Fit:
     def _at_start(self, sources):
         """ What is measured of the untrained network: all of some sources that asks for nothing before it. """
         return [name for name, metric in self.metrics.items() if set(metric.sources) <= set(sources)
-                and not any(need.before for need in metric.needs)]
+                and not any(need.when for need in metric.needs)]
 
     def _open_windows(self, due, moment):
         open_already = {name for window in self.looks.windows if not window.start for name in window.metrics}
@@ -511,14 +500,6 @@ class Fit:
         names = self._at_start(['activations'])
         self.looks.open(names, self._fields(names, 'activations'), start=True)
 
-    def _open(self, names):
-        """ Sources for what some metrics need at a step. """
-        found = {}
-        for name, cls in STEP_SOURCES.items():
-            if fields := self._fields(names, name):
-                found[name] = cls(set(fields), self._guard, self.processes.count)
-        return found
-
     def _fields(self, names, source):
         keys = additive_keys(self.metrics[name] for name in names)
         return [field for own_source, field in keys if own_source == source]
@@ -526,9 +507,6 @@ class Fit:
     def _needing(self, names, fields, source='activations'):
         """ Those of some metrics that need any of some additive fields. """
         return needing({name: self.metrics[name] for name in names if name in self.metrics}, source, fields)
-
-    def _guard(self, source, fields):
-        return self.faults.guard(needing(self.metrics, source, fields))
 
     # --- what is there ----------------------------------------------------------------------
 
@@ -549,19 +527,9 @@ class Fit:
     def _look(self, module, batch, left):
         self.looks.look(module, batch, left, self._trained.look(module))
 
-    def _step_reading(self, module, names, moment):
-        """ What the sources have found at a step, after which they begin anew. """
-        reading, sources, self._sources = Reading(names, moment), self._sources, {}
-        weights = self._walk(module)
-        for source in sources.values():
-            source.end_step(weights)
-            source.close()
-            for fld, own in source.take().items():
-                for layer, x in own.items():
-                    is_part = self.processes.count > 1 and (source.are_parts or is_sharded(weights.get(layer)))
-                    totals = reading.parts if is_part else reading.whole
-                    totals.setdefault((source.name, fld), {})[layer] = x
-        return reading
+
+    def _step_readings(self, module, names, moment):
+        return self.steps.read(partial(self._walk, module), names, moment)
 
     def _window_reading(self, window, moment, final):
         moment = moment._replace(step=-1) if window.start else moment

@@ -67,7 +67,11 @@ def resolve(interval, metric, trainer):
     """ What 'auto' means for a metric. """
     if interval != 'auto':
         return interval
-    return trainer.log_every_n_steps if metric.every == 'log' and trainer.log_every_n_steps else 'epoch'
+    if metric.every != 'log' or not trainer.log_every_n_steps:
+        return 'epoch'
+    # The chunks of a batch cost about as much as the step.
+    is_dear = 'pieces' in metric.sources and trainer.world_size * trainer.accumulate_grad_batches == 1
+    return trainer.log_every_n_steps * (10 if is_dear else 1)
 
 
 def is_last_step(trainer, pl_module) -> bool:
@@ -148,6 +152,11 @@ def watched_by(callbacks) -> set[str]:
     return {tag.removeprefix('plasticity/') for tag in tags if isinstance(tag, str)}
 
 
+def is_second_last_step(trainer, pl_module):
+    """ Whether the step after this one may be the last one of the epoch, as far as that is known. """
+    return steps_until_an_end(trainer, pl_module) == 1
+
+
 def steps_of(schedule, trainer, steps, seconds):
     """ About how many steps are between two measurements that are asked for. """
     if schedule.seconds is not None:
@@ -169,10 +178,15 @@ def is_last_validation(trainer) -> bool | None:
 
 def scale_of(trainer, optimizer):
     """ What the gradients are multiplied by now. A fused optimizer unscales by itself, later. """
-    scaler = getattr(trainer.precision_plugin, 'scaler', None)
+    scaler = scaler_of(trainer)
     if scaler is not None and getattr(optimizer, '_step_supports_amp_scaling', False):
         return scaler.get_scale()
     return 1.
+
+
+def scaler_of(trainer):
+    """ The GradScaler, None without one. """
+    return getattr(trainer.precision_plugin, 'scaler', None)
 
 
 def choose_source(source, validates, pl_module):

@@ -11,10 +11,11 @@ import numpy as np
 import torch
 
 from ..plasticity_metrics import Metric
-from ..plasticity_metrics._vocabulary import additive_fields
+from ..plasticity_metrics._vocabulary import LEFT_OUT, MADE_OF, OF_NOTES, additive_fields
 from .lightning import Moment
 from .sources.activations.sites import Site, site_names
 from .statistics import Totals
+from .statistics.noise import noise_of
 from .statistics.spectrum import centred, spectra
 
 Key = tuple[str, str]  # source and field
@@ -37,6 +38,7 @@ class Reading:
         final (bool): whether it is measured as it is, if processes have seen
             enough or not
         examples (int | None): seen by all processes
+        notes (Dict[str, Any]): what lines say of the step besides, a key of NOTES to plain data
     """
     metrics: list[str]
     moment: Moment
@@ -45,6 +47,7 @@ class Reading:
     window: object = None
     final: bool = True
     examples: int | None = None
+    notes: dict = dataclasses.field(default_factory=dict)
 
     def has(self, metric: Metric) -> bool:
         """ Whether this process has seen anything of all that a Metric needs now. """
@@ -79,7 +82,8 @@ def needed_keys(metrics: Iterable[Metric], support: bool = True) -> list[Key]:
     keys = [(need.source, need.field) for metric in metrics for need in metric.needs]
     if support:
         keys += [(source, field) for metric in metrics for source in metric.sources
-                 for field in _OF_SHARE.get(source, ('nonfinite', 'count'))]
+                 for field in (*_OF_SHARE.get(source, ('nonfinite', 'count')), LEFT_OUT.get(source)) if field]
+        keys += [OF_NOTES[note] for metric in metrics for note in metric.notes if note in OF_NOTES]
     return list(dict.fromkeys(keys))
 
 
@@ -138,6 +142,10 @@ def derive(totals: Totals, keys: list[Key], guard: Callable) -> Totals:
             elif field == 'centred_spectrum':
                 grams, sums, rows = (totals.get((source, part), {}) for part in additive_fields(field))
                 own = dict(zip(grams, spectra([centred(grams[x], sums[x], rows[x]) for x in grams]), strict=True))
+            elif source == 'pieces' and field in MADE_OF:
+                parts = [totals.get((source, part), {}) for part in additive_fields(field)]
+                own = {layer: noise_of(field, *(part[layer] for part in parts)) for layer in parts[0]
+                       if all(layer in part for part in parts)}
             else:
                 own = totals.get((source, field), {})
             tables[source, field] = {names.get(site, site): x for site, x in own.items()}
@@ -178,20 +186,24 @@ def to_host(tables: list[Totals]) -> list[Numbers]:
     return [{key: {layer: of(x) for layer, x in own.items()} for key, own in table.items()} for table in tables]
 
 
-def evaluate(metric: Metric, numbers: Numbers, before: Numbers | None = None) -> tuple[float, dict]:
+def evaluate(metric: Metric, numbers: Numbers, before: Numbers | None = None,
+             recent: Numbers | None = None) -> tuple[dict, dict]:
     """
     The values of one metric.
 
     A layer with numbers that are not finite has no value, but the share of
-    them; it is left out of the network's value.
+    them; it is left out of the network's value. A layer whose step was skipped
+    is not there.
 
     Args:
         metric (Metric):
         numbers (Dict[Tuple[str, str], Dict[str, ndarray | float]]): of all layers, by source and field
         before (Dict[Tuple[str, str], Dict[str, ndarray | float]] | None): the same at the last measurement
+        recent (Dict[Tuple[str, str], Dict[str, ndarray | float]] | None): sums over the last ones, this one included
 
     Returns:
-        Tuple[float, Dict[str, Dict[str, float]]]: of the network, and the columns of each layer
+        Tuple[Dict[str, float], Dict[str, Dict[str, float]]]: the columns of
+            the network, and those of each layer
 
     Raises:
         ValueError: if the formula does not return what it should
@@ -201,10 +213,15 @@ def evaluate(metric: Metric, numbers: Numbers, before: Numbers | None = None) ->
         >>> from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import METRICS
         >>> numbers = {('weights', 'abs'): {'a': 4., 'b': 0.}, ('weights', 'count'): {'a': 2., 'b': 6.}}
         >>> evaluate(METRICS['weight_mag'], numbers)
-        (0.5, {'a': {'value': 2.0}, 'b': {'value': 0.0}})
+        ({'value': 0.5}, {'a': {'value': 2.0}, 'b': {'value': 0.0}})
     """
-    tables = [((before or {}) if need.before else numbers).get((need.source, need.field), {}) for need in metric.needs]
-    names = [name for name in tables[0] if all(name in table for table in tables)]
+    of = {None: numbers, 'before': before or {}, 'recent': recent or {}}
+    tables = [of[need.when].get((need.source, need.field), {}) for need in metric.needs]
+    # A layer of recent measurements has to be in this one too.
+    known = tables + [numbers.get((need.source, need.field), {}) for need in metric.needs if need.when == 'recent']
+    skipped = [numbers.get((source, LEFT_OUT.get(source)), {}) for source in metric.sources]
+    names = [name for name in tables[0] if all(name in table for table in known)
+             and not any(table.get(name) for table in skipped)]
     layers, finite = {}, []
     with np.errstate(all='ignore'):
         for name in names:
@@ -223,13 +240,13 @@ def evaluate(metric: Metric, numbers: Numbers, before: Numbers | None = None) ->
             layers[name] = columns
         if metric.network == 'sum':
             if not finite:
-                return math.nan, layers
+                return {'value': math.nan}, layers
             sums = [sum(table[name] for name in finite) for table in tables]
-            return _checked(metric, metric.formula(*sums))['value'], layers
+            return _checked(metric, metric.formula(*sums)), layers
     weights = {name: layers[name].get('units', 1.) for name in finite if math.isfinite(layers[name]['value'])}
     total = sum(weights.values())
-    return (sum(layers[name]['value'] * weight for name, weight in weights.items()) / total if total else math.nan,
-            layers)
+    mean = sum(layers[name]['value'] * weight for name, weight in weights.items()) / total if total else math.nan
+    return {'value': mean}, layers
 
 
 def _nonfinite_share(numbers, source, name):

@@ -3,11 +3,11 @@ From readings to lines: one exchange and one sum over processes, one transfer, f
 """
 import time
 
-import numpy as np
-
 from ..plasticity_metrics import BUILT_IN
+from ..plasticity_metrics._vocabulary import LEFT_OUT, OF_NOTES
 from .lightning import steps_of
-from .measurement import Numbers, Reading, additive_keys, derive, evaluate, needed_keys, needing, to_host
+from .measurement import Reading, additive_keys, derive, evaluate, needed_keys, needing, to_host
+from .memory import Memory
 from .processes import contradictions, layout_of
 from .say import say
 
@@ -18,17 +18,16 @@ class Publisher:
 
     Args:
         fit (Fit): whose metrics, agenda, windows, faults, processes, sinks and budget it uses
-        memory (Any): what a checkpoint holds of the last measurements, see :func:`read_memory`
+        memory (Any): what a checkpoint holds of the last measurements, see :class:`.memory.Memory`
 
     Attributes:
         measured (Set[str]): metrics that have a line, that of the untrained network left out
-        memory (Dict[str, dict]): metric to its statistics at the last
-            measurement, of those that need them
+        memory (Memory): what is known of the last measurements
     """
 
     def __init__(self, fit, memory=None):
         self.measured = set()
-        self.memory = read_memory(memory)
+        self.memory = Memory(memory)
         self._fit = fit
         self._known_words = set(BUILT_IN)
         self._shared = None  # numbers of the budget that all processes know
@@ -159,18 +158,25 @@ class Publisher:
                 continue
             with self._fit.faults.guard([name]):
                 metric = self._fit.metrics[name]
-                value, layers = evaluate(metric, numbers, self.memory.get(name))
-                self._remember(metric, numbers)
+                self.memory.add(metric, numbers)
+                columns, layers = evaluate(metric, numbers, self.memory.before.get(name), self.memory.recent(metric))
+                self.memory.remember(metric, numbers)
+                if any(any(numbers.get((source, LEFT_OUT.get(source)), {}).values()) for source in metric.sources):
+                    self.memory.skipped[name] = self.memory.skipped.get(name, 0) + 1
                 if layers:
-                    lines.append({'metric': name, 'step': reading.moment.step, 'epoch': reading.moment.epoch,
-                                  'time': now, 'samples': reading.examples, 'value': value, 'layers': layers,
-                                  **self._words(metric)})
+                    line = {'metric': name, 'step': reading.moment.step, 'epoch': reading.moment.epoch,
+                            'time': now, 'samples': reading.examples, 'value': columns.pop('value'),
+                            'layers': layers, **self._words(metric)}
+                    besides = self._besides(metric, reading, numbers, columns)
+                    # Columns of a user's metric may have any name.
+                    lines.append({**line, **{key: x for key, x in besides.items() if key not in line}})
         return lines
 
-    def _remember(self, metric, numbers):
-        keys = [(need.source, need.field) for need in metric.needs if need.before]
-        if keys:
-            self.memory[metric.name] = {key: numbers.get(key, {}) for key in keys}
+    def _besides(self, metric, reading, numbers, columns):
+        """ What a line says of the network and its step beside the value. """
+        notes = {**reading.notes, **{note: max(numbers[key].values()) for note, key in OF_NOTES.items()
+                                     if numbers.get(key)}, 'skipped': self.memory.skipped.get(metric.name)}
+        return {**columns, **{note: notes[note] for note in (*metric.notes, 'skipped') if notes.get(note)}}
 
     def _words(self, metric):
         """ The first line of a user's metric brings its words along, so that the report judges it like ours. """
@@ -200,31 +206,3 @@ class Publisher:
             intervals[name] = wait if wait > asked[name] else schedule.steps or schedule.interval
         fit.sinks.write([{'metric': 'overhead', 'step': step, 'epoch': fit.trainer.current_epoch, 'time': time.time(),
                           'samples': None, 'value': overhead, 'layers': {}, 'intervals': intervals}], dashboard=False)
-
-    def state_dict(self):
-        """ The memory as plain values, for a checkpoint. """
-        return {name: [[*key, {layer: x.tolist() if hasattr(x, 'tolist') else x for layer, x in own.items()}]
-                       for key, own in tables.items()] for name, tables in self.memory.items()}
-
-
-def read_memory(saved) -> dict[str, Numbers]:
-    """
-    Statistics of the last measurements, from a checkpoint.
-
-    Args:
-        saved (Any): as :meth:`Publisher.state_dict` makes it, or of another version
-
-    Returns:
-        Dict[str, Dict[Tuple[str, str], Dict[str, ndarray | float]]]: by metric; empty if it cannot be read
-
-    Example:
-        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.publisher import read_memory
-        >>> read_memory({'mine': [['weights', 'abs', {'fc1': 3.0}]]}), read_memory('odd')
-        ({'mine': {('weights', 'abs'): {'fc1': 3.0}}}, {})
-    """
-    try:
-        return {name: {(source, field): {layer: np.array(x, dtype=float) if isinstance(x, list) else float(x)
-                                         for layer, x in own.items()} for source, field, own in tables}
-                for name, tables in saved.items()}
-    except Exception:  # also where it is nested too deep
-        return {}

@@ -310,7 +310,7 @@ class Sinks:
         self.show()
         if not self._trainer.is_global_zero:
             return
-        plain_rows = [{**row, 'value': plain(row['value']), 'layers': {
+        plain_rows = [{**{key: plain(x) if isinstance(x, float) else x for key, x in row.items()}, 'layers': {
             layer: {key: plain(x) for key, x in own.items()} for layer, own in row['layers'].items()}} for row in rows]
         if self.file is not None:
             self.file.add([{**row, 'run': self.run} for row in plain_rows])

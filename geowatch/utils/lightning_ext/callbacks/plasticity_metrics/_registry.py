@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 
 from ._errors import PlasticityConfigError
-from ._vocabulary import OF_A_LAYER, SOURCES, Need
+from ._vocabulary import NOTES, OF_A_LAYER, SOURCES, Need
 from ._words import Words
 
 METRICS = {}
@@ -42,6 +42,7 @@ class Metric:
         words (Words): for the report, the dashboard and the documentation
         group (str | None): a key of GROUPS
         along (str | None): the metric whose choice brings this one with it
+        notes (Tuple[str, ...]): keys of NOTES, what else its lines say of the step
 
     Example:
         >>> from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import METRICS
@@ -57,6 +58,7 @@ class Metric:
     words: Words
     group: str | None = None
     along: str | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def sources(self):
@@ -70,7 +72,7 @@ class Metric:
 
 
 def metric(*, needs: tuple[str, ...] | str, network: str = 'mean', every: str = 'epoch', words: Words | None = None,
-           group: str | None = None, along: str | None = None) -> Callable:
+           group: str | None = None, along: str | None = None, notes: tuple[str, ...] | str = ()) -> Callable:
     """
     Register a function as a metric, under its own name.
 
@@ -86,6 +88,7 @@ def metric(*, needs: tuple[str, ...] | str, network: str = 'mean', every: str = 
         words (Words | None): how to speak of it; by default its name
         group (str | None): 'paper', 'tuning', 'units' or 'ranks'
         along (str | None): a metric whose choice brings this one with it
+        notes (Tuple[str, ...]): what else its lines say of the step: 'lr', 'batch_examples'
 
     Returns:
         Callable: a decorator that returns the function as it is
@@ -112,7 +115,11 @@ def metric(*, needs: tuple[str, ...] | str, network: str = 'mean', every: str = 
                 raise PlasticityConfigError(
                     f'Expected `{what}` of the metric {name!r} to be one of {", ".join(known)}, but got {value!r}')
         parsed = tuple(map(Need.parse, (needs,) if isinstance(needs, str) else needs))
-        new = Metric(name, formula, parsed, network, every, words or Words(name), group, along)
+        said = (notes,) if isinstance(notes, str) else tuple(notes)
+        if unknown := [note for note in said if note not in NOTES]:
+            raise PlasticityConfigError(
+                f'Expected `notes` of the metric {name!r} to be of {", ".join(NOTES)}, but got {unknown[0]!r}')
+        new = Metric(name, formula, parsed, network, every, words or Words(name), group, along, said)
         if not parsed:
             raise PlasticityConfigError(f'Expected the metric {name!r} to need at least one statistic')
         if new.sees_activations and len(new.sources) > 1:

@@ -18,16 +18,37 @@ _TENSORS = {
 SOURCES = {
     'weights': _TENSORS,
     'gradients': _TENSORS,
+    'distances': {
+        'count': 'how many numbers of a weight',
+        'squares': 'sum of squares of the weight less the weight before the first step of the run',
+        'start_squares': 'sum of squares of the weight before the first step of the run',
+        'nonfinite': 'how many of the differences are not finite',
+    },
+    'turns': {
+        'count': 'how many numbers of a weight',
+        'dot': 'sum of products of the gradient and what the step before has changed of the weight',
+        'gradient_squares': 'sum of squares of the gradient',
+        'step_squares': 'sum of squares of what the step before has changed of the weight',
+        'nonfinite': 'how many of the products are not finite',
+    },
     'updates': {
         'count': 'how many numbers of a weight',
         'squares': 'sum of squares of the weight after the step less the weight before',
         'before_squares': 'sum of squares of the weight before the step',
         'nonfinite': 'how many of the differences are not finite',
+        'moving': 'how many entries of the weight have a gradient that is not zero',
+        'unmoved': 'how many of these are the same after the step as before',
     },
     'pieces': {
-        'count': 'how many pieces the gradient has, over micro-batches and processes',
+        'count': 'how many pieces of the same size the gradient has, over micro-batches and processes',
+        'examples': 'how many examples the pieces are of, over micro-batches and processes',
         'squares': 'sum over the pieces of their sums of squares; the pieces add up to the gradient',
-        'nonfinite': 'how many numbers of the pieces are not finite',
+        'gradient': 'sum of squares of the gradient',
+        'known': 'the same where its pieces are known, else 0',
+        'noise': 'estimate of the sum of squares of the noise in the gradient',
+        'signal': 'estimate of the sum of squares of the gradient without noise',
+        'example_noise': "estimate of the sum of squares of the noise in one example's gradient",
+        'nonfinite': 'sum over the pieces of the share of their numbers that are not finite',
     },
     'activations': {
         'away': 'calls in which a unit had a sample away from a saturated value, shape (values, units)',
@@ -45,7 +66,19 @@ MADE_OF = {
     'spectrum': ('gram',),
     'centred_spectrum': ('gram', 'sum', 'rows'),
     'units': (),
+    'noise': ('squares', 'known', 'count'),
+    'signal': ('squares', 'known', 'count'),
+    'example_noise': ('squares', 'known', 'count', 'examples'),
 }
+# Fields that say of a layer whether it is left out at this step: a GradScaler has skipped its step.
+LEFT_OUT = {'updates': 'skipped', 'turns': 'skipped'}
+# What lines of the record can say of a step besides.
+NOTES = {'lr': 'learning rate of each parameter group that has stepped',
+         'batch_examples': 'examples of the step, over micro-batches and processes'}
+# Statistics that are for the notes of a metric.
+OF_NOTES = {'batch_examples': ('pieces', 'examples')}
+# Of which measurement a statistic is, by the first word of the need.
+WHEN = {'before': "the metric's last measurement", 'recent': 'the sum over its last 25 to 50 measurements'}
 # Fields whose shape depends on the layer, so that they cannot be summed over layers.
 OF_A_LAYER = {'spectrum', 'centred_spectrum', 'away', 'positive'}
 
@@ -57,22 +90,23 @@ class Need(NamedTuple):
     Attributes:
         source (str): a key of SOURCES
         field (str): a key of the source
-        before (bool): the same at the metric's last measurement
+        when (str | None): a key of WHEN; None for this measurement
 
     Example:
         >>> from geowatch.utils.lightning_ext.callbacks.plasticity_metrics._vocabulary import Need
         >>> Need.parse('before.weights.abs')
-        Need(source='weights', field='abs', before=True)
+        Need(source='weights', field='abs', when='before')
     """
     source: str
     field: str
-    before: bool = False
+    when: str | None = None
 
     @classmethod
     def parse(cls, text: str):
         """
         Args:
-            text (str): 'source.field', with 'before.' in front of it for the last measurement
+            text (str): 'source.field', with 'before.' in front of it for the last measurement, 'recent.' for the
+                sum over the last 25 to 50
 
         Returns:
             Need:
@@ -82,14 +116,16 @@ class Need(NamedTuple):
         """
         if not isinstance(text, str):
             raise PlasticityConfigError(f"Expected a need such as 'weights.abs', but got {text!r}")
-        source, _, field = text.removeprefix('before.').partition('.')
+        when, _, rest = text.partition('.')
+        when, rest = (when, rest) if when in WHEN else (None, text)
+        source, _, field = rest.partition('.')
         if source not in SOURCES:
             raise PlasticityConfigError(f'Unknown source in the need {text!r}. Expected one of: {", ".join(SOURCES)}')
         if field not in SOURCES[source]:
             raise PlasticityConfigError(
                 f'Unknown field in the need {text!r}. Expected one of: '
                 f'{", ".join(f"{source}.{known}" for known in SOURCES[source])}')
-        return cls(source, field, text.startswith('before.'))
+        return cls(source, field, when)
 
 
 def additive_fields(field: str) -> tuple[str, ...]:

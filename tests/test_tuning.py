@@ -1,0 +1,763 @@
+"""
+What speaks of learning rate and batch size: oracles by hand, plain training loops, and every kind of run.
+"""
+import contextlib
+import copy
+import gc
+import math
+import weakref
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from common import Net, fit, last, lines_of, make_data, make_net, read_lines
+from process_runs import Routed, batches_of
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.plugins.precision import MixedPrecision
+from test_gradients import ScaledOnly
+from test_processes import Ran
+from test_sources import Adam, TwoOptimizers, squares
+from torch import nn
+from torch.utils.data import DataLoader
+
+from geowatch.utils.lightning_ext.callbacks.plasticity import PlasticityMonitor
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine.lightning import resolve
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources import Updates
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.chunks import Chunks
+from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import METRICS
+
+
+def weight(*rows):
+    layer = nn.Linear(len(rows[0]), len(rows), bias=False)
+    layer.weight.data = torch.tensor(rows)
+    return layer
+
+
+class Given(pl.LightningModule):
+    """ Layers with given weights, and a loss of them. """
+
+    def __init__(self, layers, loss, optimizer):
+        super().__init__()
+        self.layers = nn.ModuleDict(layers)
+        self.given, self.make = loss, optimizer
+
+    def training_step(self, batch, batch_idx):
+        return self.given(*(layer.weight for layer in self.layers.values()))
+
+    def configure_optimizers(self):
+        return self.make(self.parameters())
+
+
+def run(folder, metrics, layers, loss, optimizer, steps=1, **kwargs):
+    """ Lines of a run of Given, each step measured. """
+    net = Given(layers, loss, optimizer)
+    _, _, lines, _ = fit(folder, PlasticityMonitor(metrics, interval=1), net, validate=False, max_epochs=1,
+                         loader=DataLoader(torch.zeros(steps, 1)), **kwargs)
+    return lines
+
+
+def half_square(*weights):
+    return sum(w.square().sum() for w in weights) / 2
+
+
+def of_layers(line, column='value'):
+    return {layer.removeprefix('layers.'): own[column] for layer, own in line['layers'].items()}
+
+
+def values(lines, metric):
+    return [line['value'] for line in lines_of(lines, metric)]
+
+
+# --- update_ratio: by hand -------------------------------------------------------------
+
+def test_ratio_of_two_layers(tmp_path):
+    """ The network's is that of sums, which is not the mean of the layers'. """
+    given = {'a': torch.tensor([[-.3, .4]]), 'b': torch.tensor([[0., .6]])}
+    (line,) = run(tmp_path, 'update_ratio', {'a': weight([3., 4.]), 'b': weight([0., 12.])},
+                  lambda a, b: (a * given['a']).sum() + (b * given['b']).sum(),
+                  lambda params: torch.optim.SGD(params, lr=1.))
+    assert of_layers(line) == pytest.approx({'a': 0.1, 'b': 0.05}, rel=1e-6)
+    assert line['value'] == pytest.approx(0.0600788437, rel=1e-6)
+    assert line['lr'] == [1.] and line['unmoved'] == 0
+    assert of_layers(line, 'unmoved') == {'a': 0, 'b': 0} and 'skipped' not in line
+
+
+def test_of_plain_sgd_it_is_the_learning_rate(tmp_path):
+    lines = run(tmp_path, 'update_ratio', {'a': weight([3., 4.]), 'b': weight([0., 12.], [5., 1.])}, half_square,
+                lambda params: torch.optim.SGD(params, lr=0.1), steps=4)
+    assert values(lines, 'update_ratio') == pytest.approx([0.1] * 4, rel=1e-5)
+    for line in lines:
+        assert of_layers(line) == pytest.approx({'a': 0.1, 'b': 0.1}, rel=1e-5)
+
+
+def test_momentum(tmp_path):
+    lines = run(tmp_path, 'update_ratio', {'a': weight([3., 4.]), 'b': weight([0., 12.])}, half_square,
+                lambda params: torch.optim.SGD(params, lr=.1, momentum=.9), steps=3)
+    assert values(lines, 'update_ratio') == pytest.approx([0.1, 0.2, 0.325], rel=1e-5)
+
+
+def test_decoupled_decay_is_in_it(tmp_path):
+    gradient = torch.tensor([[4., -.5]])
+    (line,) = run(tmp_path, 'update_ratio', {'a': weight([2., -1.])}, lambda a: (a * gradient).sum(),
+                  lambda params: torch.optim.AdamW(params, lr=.01, weight_decay=.1))
+    assert line['value'] == pytest.approx(0.0072801099, rel=1e-5)
+
+
+def test_a_layer_of_zeros_has_none(tmp_path):
+    """ As B of a LoRA; its step counts in the network's. """
+    (line,) = run(tmp_path, 'update_ratio', {'a': weight([3., 4.]), 'b': weight([0., 0.])},
+                  lambda a, b: a.sum() + b.sum(), lambda params: torch.optim.SGD(params, lr=.5))
+    assert of_layers(line) == {'a': pytest.approx(math.sqrt(.5) / 5), 'b': None}
+    assert line['value'] == pytest.approx(1 / 5)
+
+
+def test_unmoved_weights_of_bfloat16(tmp_path):
+    """ A step below half a unit in the last place is lost, a gradient of zero is none. """
+    layer = weight([256., 1., 1., 1.])
+    layer.weight.data = layer.weight.data.bfloat16()
+    mask = torch.tensor([[1., 1., 1., 0.]], dtype=torch.bfloat16)
+    (line,) = run(tmp_path, 'update_ratio', {'a': layer}, lambda a: (a * mask).sum(),
+                  lambda params: torch.optim.SGD(params, lr=.25))
+    assert line['unmoved'] == pytest.approx(1 / 3)
+    assert line['value'] == pytest.approx(math.sqrt(2 / 16) / math.sqrt(256 ** 2 + 3), rel=1e-5)
+
+
+# --- update_ratio: beside a plain loop -----------------------------------------------------
+
+class Scheduled(Net):
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD([{'params': self.fc1.parameters()},
+                                     {'params': [*self.fc2.parameters(), *self.head.parameters()], 'lr': 0.01}], lr=.1)
+        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+        return {'optimizer': optimizer, 'lr_scheduler': {'scheduler': schedule, 'interval': 'step'}}
+
+
+class Keeper(pl.Callback):
+    """ Copies of the weights, in float64, before and after each step; with the rates of the step. """
+
+    def __init__(self):
+        self.rows = []
+        self.before = None
+
+    @staticmethod
+    def copies(module):
+        return [p.detach().double().clone() for p in module.parameters() if p.ndim > 1 and p.requires_grad]
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        if self.before is None:
+            self.before, self.rates = self.copies(module), []
+        self.rates += [group['lr'] for group in optimizer.param_groups]
+
+    def on_train_batch_end(self, trainer, module, *args):
+        if not trainer.fit_loop.epoch_loop._should_accumulate():
+            after = self.copies(module)
+            steps = [new - old for new, old in zip(after, self.before, strict=True)]
+            self.rows.append(((squares(steps) / squares(self.before)) ** .5, self.rates))
+            self.before = None
+
+
+class Frozen(Net):
+    def __init__(self):
+        super().__init__()
+        self.fc1.requires_grad_(False)
+
+
+class Tied(Net):
+    def __init__(self):
+        super().__init__()
+        self.again = nn.Linear(8, 16)
+        self.again.weight = self.fc1.weight
+
+    def features(self, x):
+        first = self.act(self.fc1(x)) + self.again(x)
+        return first, torch.relu(self.fc2(first))
+
+
+class Rare(Net):
+    def configure_optimizers(self):
+        return torch.optim.Adagrad(self.parameters(), lr=0.05)
+
+
+SETUPS = {
+    'sgd': (Net, {}), 'adamw': (Adam, {}), 'clipping': (Adam, {'gradient_clip_val': 0.01}),
+    'scheduler': (Scheduled, {}), 'accumulation': (Adam, {'accumulate_grad_batches': 2}),
+    'two optimizers': (TwoOptimizers, {}), 'frozen': (Frozen, {}), 'tied': (Tied, {}), 'adagrad': (Rare, {}),
+    'grad scaler': (Net, {'plugins': ScaledOnly}), 'bf16-mixed': (Adam, {'precision': 'bf16-mixed'}),
+    'bf16-true': (Net, {'precision': 'bf16-true'}),
+}
+
+
+@pytest.mark.parametrize('name', SETUPS)
+def test_ratio_beside_copies(tmp_path, name):
+    cls, kwargs = SETUPS[name]
+    kwargs = {key: x() if callable(x) else x for key, x in kwargs.items()}
+    if name == 'bf16-true':
+        kwargs['loader'] = DataLoader(make_data().bfloat16(), batch_size=8)
+    keeper = Keeper()
+    _, _, lines, _ = fit(tmp_path, PlasticityMonitor('update_ratio@1'), make_net(cls), validate=False,
+                         callbacks=[keeper], **kwargs)
+    assert [line['step'] for line in lines] == list(range(len(keeper.rows)))
+    assert values(lines, 'update_ratio') == pytest.approx([ratio for ratio, _ in keeper.rows], rel=1e-5)
+    assert [line['lr'] for line in lines] == [rates for _, rates in keeper.rows]
+
+
+@pytest.mark.parametrize('most, rel', [(math.inf, 1e-5), (1 << 14, 0.05)])
+def test_of_a_large_layer_all_on_request(tmp_path, monkeypatch, most, rel):
+    monkeypatch.setattr(Updates, 'most', most)
+
+    class Wide(Net):
+        def __init__(self):
+            super().__init__()
+            self.fc1, self.fc2 = nn.Linear(8, 4000), nn.Linear(4000, 12)
+    keeper = Keeper()
+    _, _, lines, _ = fit(tmp_path, PlasticityMonitor('update_ratio@1'), make_net(Wide), validate=False,
+                         callbacks=[keeper], max_epochs=1)
+    assert values(lines, 'update_ratio') == pytest.approx([ratio for ratio, _ in keeper.rows], rel=rel)
+
+
+def test_entries_are_the_same_in_any_order_of_memory():
+    kernel = torch.randn(30, 40, 5, 5)
+    last = kernel.contiguous(memory_format=torch.channels_last)
+    for tensor, like in ((kernel, last), (last, last), (kernel, kernel)):
+        got = Updates.entries(tensor, like)
+        order = sorted(range(4), key=like.stride, reverse=True)
+        torch.testing.assert_close(got, kernel.permute(order).flatten()[::3], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('fused', [False, True])
+def test_a_step_that_a_grad_scaler_skips(tmp_path, fused):
+    """ It is left out and counted, also in later lines. """
+    class Overflows(Net):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) * (float('inf') if batch_idx in (1, 3) else 1.)
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.02, fused=fused)
+    keeper = Keeper()
+    _, _, lines, _ = fit(tmp_path, PlasticityMonitor('update_ratio@1,weight_mag@1'), make_net(Overflows),
+                         validate=False, max_epochs=1, plugins=[ScaledOnly()], callbacks=[keeper])
+    own = lines_of(lines, 'update_ratio')
+    assert [(line['step'], line.get('skipped', 0)) for line in own] == [(0, 0), (2, 1), (4, 2)]
+    assert values(own, 'update_ratio') == pytest.approx([keeper.rows[i][0] for i in (0, 2, 4)], rel=1e-5)
+    assert len(lines_of(lines, 'weight_mag')) == 5
+
+
+def test_a_scale_that_grows_is_no_skip(tmp_path):
+    plugin = MixedPrecision('16-mixed', 'cpu', scaler=torch.amp.GradScaler('cpu', init_scale=2., growth_interval=1))
+    _, _, lines, _ = fit(tmp_path, PlasticityMonitor('update_ratio@1'), validate=False, max_epochs=1, plugins=[plugin])
+    assert len(lines) == 5 and plugin.scaler.get_scale() == 64
+
+
+def test_the_default_measures_it_at_log_steps(tmp_path):
+    _, _, lines, _ = fit(tmp_path, PlasticityMonitor(), log_every_n_steps=2)
+    assert [line['step'] for line in lines_of(lines, 'update_ratio')] == [1, 3, 5, 7, 9]
+
+
+# --- step_alignment ------------------------------------------------------------------------
+
+def along(*lines):
+    """ The steps of some lines, and their values. """
+    return [(line['step'], line['value'] and pytest.approx(line['value'], abs=1e-6)) for line in lines]
+
+
+def test_alignment_of_a_valley(tmp_path):
+    """ Across the valley the step goes too far, along it not far enough. """
+    lines = run(tmp_path, 'step_alignment', {'a': weight([1., 1.])}, lambda a: (a[0, 0] ** 2 + 4 * a[0, 1] ** 2) / 2,
+                lambda params: torch.optim.SGD(params, lr=.4), steps=2)
+    assert along(*lines) == [(1, -15 / 17)]
+
+
+@pytest.mark.parametrize('lr, expected', [(.5, 1.), (1.5, -1.), (1., None)])
+def test_alignment_in_one_dimension(tmp_path, lr, expected):
+    """ One layer goes straight to the bottom, where there is no gradient. """
+    lines = run(tmp_path, 'step_alignment', {'a': weight([2.])}, half_square,
+                lambda params: torch.optim.SGD(params, lr=lr), steps=2)
+    assert along(*lines) == [(1, expected)]
+
+
+def plain_alignment(net, data, epochs=2, clip=None, scale=1.):
+    """ Of a plain loop: for each step minus the cosine of its gradient and the step before. """
+    net, found, before = copy.deepcopy(net), [], None
+    optimizer = net.configure_optimizers()
+    weights = [p for p in net.parameters() if p.ndim > 1]
+    for batch in data.split(8) * epochs:
+        optimizer.zero_grad()
+        (net.loss(batch) * scale).backward()
+        grad = torch.cat([w.grad.flatten() for w in weights]).double()
+        found.append(None if before is None else -float(torch.cosine_similarity(grad, before, dim=0)))
+        if clip:
+            torch.nn.utils.clip_grad_norm_(net.parameters(), clip)
+        old = torch.cat([w.detach().flatten() for w in weights]).double()
+        optimizer.step()
+        before = torch.cat([w.detach().flatten() for w in weights]).double() - old
+    return found
+
+
+@pytest.mark.parametrize('interval, steps', [(1, range(1, 10)), (3, [2, 5, 8]), ('epoch', [4, 9])])
+@pytest.mark.parametrize('cls, clip', [(Net, 0.05), (Adam, None)])
+def test_alignment_beside_a_plain_loop(tmp_path, cls, clip, interval, steps):
+    """ On the steps that are due: the source sees the step before each of them. """
+    net = make_net(cls)
+    expected = plain_alignment(net, make_data(), clip=clip)
+    _, _, lines, _ = fit(tmp_path, PlasticityMonitor('step_alignment', interval=interval), net, validate=False,
+                         gradient_clip_val=clip)
+    assert along(*lines) == [(step, pytest.approx(expected[step], abs=1e-5)) for step in steps]
+
+
+def test_alignment_with_micro_batches_and_two_optimizers(tmp_path):
+    rows = plain_alignment(make_net(), make_data(32), epochs=1, scale=0.5)  # Lightning takes the mean of two
+    _, _, lines, _ = fit(tmp_path / 'a', PlasticityMonitor('step_alignment@1'), validate=False, max_epochs=1,
+                         n=32, batch_size=4, accumulate_grad_batches=2)
+    assert along(*lines) == [(step, pytest.approx(rows[step], abs=1e-5)) for step in (1, 2, 3)]
+    _, _, lines, _ = fit(tmp_path / 'b', PlasticityMonitor('step_alignment@1'), make_net(TwoOptimizers),
+                         validate=False, max_epochs=1)
+    assert [line['step'] for line in lines] == [1, 2, 3, 4]
+    assert all(-1 <= own['value'] <= 1 for line in lines for own in line['layers'].values())
+
+
+def test_alignment_of_another_set_of_weights(tmp_path):
+    """ A layer that thaws changes what is compared: that step is left out. """
+    class Thaws(Frozen):
+        def on_train_batch_start(self, batch, batch_idx):
+            self.fc1.requires_grad_(batch_idx >= 2)
+    _, _, lines, _ = fit(tmp_path, PlasticityMonitor('step_alignment@1'), make_net(Thaws), validate=False, max_epochs=1)
+    assert [line['step'] for line in lines] == [1, 3, 4]
+    assert [len(line['layers']) for line in lines] == [2, 3, 3]
+
+
+def resumed(folder, monitor, first=1, **kwargs):
+    """ Lines of a run of two epochs, saved after the first, and of that which goes on from there. """
+    keeper = ModelCheckpoint(folder / 'saved', save_last=True)
+    fit(folder / 'one', PlasticityMonitor(monitor), validate=False, max_epochs=first, callbacks=[keeper], **kwargs)
+    net, data = make_net(), make_data()
+    trainer = pl.Trainer(default_root_dir=folder / 'two', max_epochs=2, accelerator='cpu', enable_progress_bar=False,
+                         enable_model_summary=False, callbacks=[PlasticityMonitor(monitor)], log_every_n_steps=1,
+                         enable_checkpointing=False, **kwargs)
+    trainer.fit(net, DataLoader(data, batch_size=8), ckpt_path=keeper.last_model_path)
+    return read_lines(trainer)
+
+
+def test_alignment_begins_anew_after_a_resume(tmp_path):
+    assert [line['step'] for line in resumed(tmp_path, 'step_alignment@1')] == [6, 7, 8, 9]
+
+
+def test_alignment_of_a_skipped_step(tmp_path):
+    class Overflows(Net):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) * (float('inf') if batch_idx == 2 else 1.)
+    _, _, lines, _ = fit(tmp_path, PlasticityMonitor('step_alignment@1'), make_net(Overflows), validate=False,
+                         max_epochs=1, plugins=[ScaledOnly()])
+    # The gradient of step 2 is infinite, and nothing has moved when that of step 3 is there.
+    assert [(line['step'], line['value'] is None, line.get('skipped', 0)) for line in lines] == [
+        (1, False, 0), (2, True, 0), (4, False, 1)]
+    assert all(own['nonfinite'] > 0.9 for own in lines[1]['layers'].values())
+
+
+# --- weight_distance ----------------------------------------------------------------------
+
+def test_distance(tmp_path):
+    lines = run(tmp_path, 'weight_distance', {'a': weight([3., 4.]), 'b': weight([0., 12.])}, half_square,
+                lambda params: torch.optim.SGD(params, lr=.1, momentum=.9), steps=3)
+    assert values(lines, 'weight_distance') == pytest.approx([0.1, 0.28, 0.514], rel=1e-5)
+    assert of_layers(lines[-1]) == pytest.approx({'a': 0.514, 'b': 0.514}, rel=1e-5)
+
+
+def test_distance_after_a_resume(tmp_path, capsys):
+    """ From the first start; without it, a reason. """
+    _, _, whole, _ = fit(tmp_path / 'whole', PlasticityMonitor('weight_distance@1'), validate=False)
+    lines = resumed(tmp_path, 'weight_distance@1')
+    assert [line['step'] for line in lines] == [5, 6, 7, 8, 9]
+    assert values(lines, 'weight_distance') == pytest.approx(values(whole, 'weight_distance')[5:], rel=1e-6)
+    capsys.readouterr()
+    net = make_net()
+    trainer = pl.Trainer(default_root_dir=tmp_path / 'three', max_epochs=2, accelerator='cpu', logger=False,
+                         enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+                         callbacks=[PlasticityMonitor('weight_distance@1')])
+    keeper = ModelCheckpoint(tmp_path / 'other', save_last=True)
+    fit(tmp_path / 'four', PlasticityMonitor('weight_mag'), validate=False, max_epochs=1, callbacks=[keeper])
+    trainer.fit(net, DataLoader(make_data(), batch_size=8), ckpt_path=keeper.last_model_path)
+    assert 'weight_distance: this run goes on from a checkpoint' in capsys.readouterr().out
+    assert read_lines(trainer) == []
+
+
+# --- noise_scale and noise_fraction: by hand ------------------------------------------------
+
+def noise(folder, batches, accumulate, loss=None, width=2, **kwargs):
+    """ Lines of runs whose gradients are the means of some batches, given as rows. """
+    def mean(w, batch):
+        return (w * batch.mean(0)).sum()
+
+    class OfBatch(Given):
+        def training_step(self, batch, batch_idx):
+            return self.given(self.layers['a'].weight, batch)
+    net = OfBatch({'a': weight([0.] * width)}, loss or mean, lambda params: torch.optim.SGD(params, lr=0.))
+    loader = DataLoader([torch.tensor(batch) for batch in batches], batch_size=None)
+    _, _, lines, _ = fit(folder, PlasticityMonitor('noise_scale@1'), net, validate=False, max_epochs=1, loader=loader,
+                         accumulate_grad_batches=accumulate, **kwargs)
+    return lines
+
+
+def test_two_micro_batches(tmp_path):
+    lines = noise(tmp_path, [[[3., 4.]] * 8, [[1., 0.]] * 8], 2)
+    scale, fraction = last(lines, 'noise_scale'), last(lines, 'noise_fraction')
+    assert (scale['value'], fraction['value']) == pytest.approx((80 / 3, 0.625), rel=1e-6)
+    assert (scale['fraction'], scale['covered'], scale['batch_examples']) == (pytest.approx(0.625), 1, 16)
+    assert of_layers(scale) == pytest.approx({'a': 80 / 3}, rel=1e-6) and of_layers(scale, 'covered') == {'a': 1}
+    assert 'batch_examples' not in fraction and 'lr' not in scale
+
+
+def test_four_examples(tmp_path):
+    lines = noise(tmp_path, [[[y]] for y in (1., 2., 3., 6.)], 4, lambda w, y: (w - y).square().sum() / 2, width=1)
+    assert values(lines, 'noise_scale') == pytest.approx([28 / 47], rel=1e-6)
+
+
+def test_nothing_but_noise(tmp_path):
+    """ As the contributions [1] and [-2]: no scale, and the fraction shown. """
+    lines = noise(tmp_path, [[[2.]] * 8, [[-4.]] * 8], 2, width=1)
+    assert values(lines, 'noise_scale') == [None] and values(lines, 'noise_fraction') == pytest.approx([9.])
+    assert last(lines, 'noise_scale')['fraction'] == pytest.approx(9.)
+
+
+FIRST, SECOND = [[[3., 4.]] * 8, [[1., 0.]] * 8], [[[2., 0.]] * 8, [[2., 2.]] * 8]
+
+
+def test_sums_are_divided(tmp_path):
+    """ Not the mean of ratios; a step whose gradient is not finite stays out of the sums. """
+    bad = [[[math.nan, 1.]] * 8] * 2
+    lines = noise(tmp_path, [*FIRST, *bad, *SECOND], 2)
+    scales = lines_of(lines, 'noise_scale')
+    assert values(lines, 'noise_scale') == [pytest.approx(80 / 3, rel=1e-6), None, pytest.approx(96 / 7, rel=1e-6)]
+    assert scales[1]['layers']['layers.a']['nonfinite'] == 0.5
+
+
+def test_of_the_last_25_to_50_measurements(tmp_path):
+    lines = noise(tmp_path, FIRST + SECOND * 74, 2)
+    got = values(lines, 'noise_scale')
+    expected = []
+    for step in range(75):
+        begin = 0 if step < 50 else 25 if step < 75 else 50
+        steps = range(begin, step + 1)
+        pairs = [(8., 6.5) if i == 0 else (5., 3.) for i in steps]
+        n, s = (sum(x) for x in zip(*pairs, strict=True))
+        expected.append(8 * (2 * s - n) / (n - s))
+    assert got == pytest.approx(expected, rel=1e-5)
+    assert got[49] > got[50] == pytest.approx(8 * 1 / 2)
+
+
+def test_sums_go_into_checkpoints(tmp_path):
+    kwargs = {'accumulate_grad_batches': 2}
+    _, _, whole, _ = fit(tmp_path / 'whole', PlasticityMonitor('noise_scale@1'), validate=False, **kwargs)
+    lines = resumed(tmp_path, 'noise_scale@1', **kwargs)
+    # Two steps of two micro-batches an epoch, and one of one, which is looked at in chunks.
+    assert values(whole, 'noise_scale')[3:] == pytest.approx(values(lines, 'noise_scale'), rel=1e-6)
+    assert [line['step'] for line in lines_of(whole, 'noise_scale')] == list(range(6))
+    assert [line['step'] for line in lines_of(lines, 'noise_scale')] == [3, 4, 5]
+
+
+# --- noise_scale: beside gradients of single examples ----------------------------------------
+
+class Mean(Net):
+    """ With a loss that is a mean over examples. """
+
+    def loss(self, batch):
+        return (self(batch) - batch[:, :1]).square().mean()
+
+
+def by_examples(net, loss, batch):
+    """ Of each weight the gradients of single examples, (examples, *shape), by torch.func. """
+    params = {name: p.detach() for name, p in net.named_parameters()}
+    frozen = {name: b.detach() for name, b in net.named_buffers()}
+
+    def of_one(own, x):
+        return loss(lambda *args: torch.func.functional_call(net, (own, frozen), args), x[None])
+    grads = torch.func.vmap(torch.func.grad(of_one), (None, 0))(params, batch)
+    return {name.removesuffix('.weight'): g.double() for name, g in grads.items() if params[name].ndim > 1}
+
+
+def reference(examples, sizes):
+    """ (scale, fraction) of each layer and, under None, of all, from gradients of examples in pieces of some sizes. """
+    b, found, total = sum(sizes), {}, torch.zeros(2, dtype=torch.float64)
+    q = sum((size / b) ** 2 for size in sizes)
+    for name, grads in examples.items():
+        pieces = [part.sum(0) / b for part in grads.split(sizes)]
+        n, s = sum(pieces).square().sum(), sum(c.square().sum() for c in pieces)
+        own = torch.stack([(s - q * n) / (1 - q), (n - s) / (1 - q)])  # noise and signal
+        total += own
+        found[name] = own
+    found[None] = total
+    return {name: (b * float(a / c) if c > 0 else None, float(a / (a + c))) for name, (a, c) in found.items()}
+
+
+def compare(lines, expected, rel=1e-5):
+    """ Of the first line of each metric. """
+    for metric, index in (('noise_scale', 0), ('noise_fraction', 1)):
+        line = lines_of(lines, metric)[0]
+        got = {None: line['value'], **{layer: own['value'] for layer, own in line['layers'].items()}}
+        assert got == {layer: own[index] and pytest.approx(own[index], rel=rel) for layer, own in expected.items()}
+
+
+@pytest.mark.parametrize('clip, precision, rel', [(None, 32, 1e-5), (1e-3, 32, 1e-5), (None, 'bf16-mixed', 5e-2)])
+def test_micro_batches_beside_single_examples(tmp_path, clip, precision, rel):
+    net = make_net(Mean).double() if precision == 32 else make_net(Mean)
+    data = make_data(32).to(next(net.parameters()).dtype)
+    examples = by_examples(net, lambda f, x: (f(x) - x[:, :1]).square().mean(), data)
+    _, _, lines, _ = fit(tmp_path, PlasticityMonitor('noise_scale@1'), net, validate=False, max_epochs=1,
+                         loader=DataLoader(data, batch_size=8), accumulate_grad_batches=4, gradient_clip_val=clip,
+                         precision=precision if precision != 32 else None)
+    compare(lines, reference(examples, [8] * 4), rel)
+    assert last(lines, 'noise_scale')['batch_examples'] == 32
+
+
+def test_under_a_grad_scaler(tmp_path):
+    _, _, plain, _ = fit(tmp_path / 'a', PlasticityMonitor('noise_scale@1'), validate=False, max_epochs=1,
+                         accumulate_grad_batches=2)
+    _, _, scaled, _ = fit(tmp_path / 'b', PlasticityMonitor('noise_scale@1'), validate=False, max_epochs=1,
+                          accumulate_grad_batches=2, plugins=[ScaledOnly()])
+    assert values(scaled, 'noise_scale') == pytest.approx(values(plain, 'noise_scale'), rel=1e-4)
+
+
+# --- noise_scale: chunks of a batch ------------------------------------------------------------
+
+class Images(pl.LightningModule):
+    """ Convolutions with a batch norm between them, which lets examples see each other. """
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.norm, self.two = nn.Conv2d(2, 4, 2), nn.BatchNorm2d(4), nn.Conv2d(4, 6, 1, groups=2)
+        self.head = nn.Linear(6, 1)
+
+    def forward(self, batch, of_examples=None):
+        """ With weights of examples: each weight once for each example, (examples, *shape). """
+        own = of_examples or {name: [layer.weight] for name, layer in (('one', self.one), ('two', self.two))}
+        x = batch.view(-1, 2, 2, 2)
+        x = torch.relu(self.norm(self.convolve(x, own['one'], self.one)))
+        x = torch.tanh(self.convolve(x, own['two'], self.two)).flatten(1)
+        if of_examples:
+            return (x[:, None] @ own['head'].mT)[:, 0] + self.head.bias
+        return self.head(x)
+
+    @staticmethod
+    def convolve(x, weights, layer):
+        if len(weights) == 1:
+            return layer(x)
+        b, out = len(x), layer.out_channels
+        y = nn.functional.conv2d(x.flatten(0, 1)[None], weights.flatten(0, 1), layer.bias.repeat(b),
+                                 groups=layer.groups * b)
+        return y.view(b, out, *y.shape[2:])
+
+    def loss(self, batch, *args):
+        return (self(batch, *args) - batch[:, :1]).square().mean()
+
+    def training_step(self, batch, batch_idx):
+        return self.loss(batch)
+
+    configure_optimizers = Net.configure_optimizers
+
+
+class Tokens(Images):
+    """ A transformer, whose attention takes its weights without calling a layer. """
+    batch_first = True
+
+    def __init__(self):
+        pl.LightningModule.__init__(self)
+        self.embed = nn.Embedding(13, 4)
+        layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0., batch_first=self.batch_first)
+        self.encoder, self.head = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(4, 1)
+
+    def forward(self, batch):
+        x = self.embed((batch * 3).abs().long().clamp(max=12))
+        x = self.encoder(x) if self.batch_first else self.encoder(x.transpose(0, 1)).transpose(0, 1)
+        return self.head(x).mean(1)
+
+
+class TokensFirst(Tokens):
+    batch_first = False
+
+
+class Twice(Mean):
+    """ A layer that is used twice, and a weight that is tied to another. """
+
+    def __init__(self):
+        super().__init__()
+        self.again = nn.Linear(16, 8)
+        self.again.weight = nn.Parameter(self.fc1.weight.detach().T.clone())
+
+    def features(self, x):
+        first = torch.tanh(self.again(self.act(self.fc1(x))))
+        first = self.act(self.fc1(first)) + nn.functional.linear(first, self.again.weight.T)
+        return first, torch.relu(self.fc2(first))
+
+
+def contributions(net, batch):
+    """ Of each weight what each example adds to the gradient of the mean loss, times the number of examples. """
+    if type(net) is not Images:
+        return by_examples(net, lambda f, x: (f(x) - x[:, :1]).square().mean(), batch)
+    net = copy.deepcopy(net)
+    layers = {'one': net.one, 'two': net.two, 'head': net.head}
+    own = {name: layer.weight.detach().expand(len(batch), *layer.weight.shape).clone().requires_grad_()
+           for name, layer in layers.items()}
+    grads = torch.autograd.grad(net.loss(batch, own), list(own.values()))
+    return {name: g.double() * len(batch) for name, g in zip(own, grads, strict=True)}
+
+
+def chunked(folder, net, data, batch_size=10, **kwargs):
+    return fit(folder, PlasticityMonitor('noise_scale@1'), net, validate=False, max_epochs=1,
+               loader=DataLoader(data, batch_size=batch_size), **kwargs)[2]
+
+
+@pytest.mark.parametrize('precision, rel', [('64-true', 1e-7), ('32-true', 1e-5), ('bf16-mixed', 1e-2)])
+@pytest.mark.parametrize('cls', [Mean, Images, Tokens, TokensFirst, Twice])
+def test_chunks_beside_single_examples(tmp_path, cls, precision, rel):
+    """ Of 10 examples, in chunks of 3, 3, 2 and 2. """
+    net, data = make_net(cls), make_data(37)
+    if precision == '64-true':
+        net, data = net.double(), data.double()
+    expected = reference(contributions(net, data[:10]), [3, 3, 2, 2])
+    lines = chunked(tmp_path, net, data, precision=precision)
+    if precision == 'bf16-mixed':  # layers have more rounding than the network
+        value, fraction = (last(lines[:2], name)['value'] for name in ('noise_scale', 'noise_fraction'))
+        assert fraction == pytest.approx(expected[None][1], rel=rel)
+        assert value is None and expected[None][0] is None or value == pytest.approx(expected[None][0], rel=5 * rel)
+    else:
+        compare(lines, expected, rel)
+    assert lines[0]['covered'] == 1 and last(lines, 'noise_scale')['batch_examples'] == 7
+    assert len(lines_of(lines, 'noise_scale')) == 4
+
+
+class Loops(Mean):
+    def loss(self, batch):
+        return sum((self(item['x'][None]) - 1).square().sum() for item in batch)
+
+
+class Itself(Mean):
+    """ With a weight in an operation that has no rule, most of the gradient. """
+
+    def features(self, x):
+        first = torch.relu(torch.einsum('bi,oi->bo', x, self.fc1.weight * 5))
+        return first, torch.relu(self.fc2(first))
+
+
+class Checkpointed(Mean):
+    def features(self, x):
+        from torch.utils.checkpoint import checkpoint
+        first = checkpoint(lambda x: self.act(self.fc1(x)), x, use_reentrant=False)
+        return first, checkpoint(lambda x: torch.relu(self.fc2(x)), first, use_reentrant=False)
+
+
+class Square(Mean):
+    """ As many tokens as examples: which is which cannot be told. """
+
+    def forward(self, x):
+        return super().forward(x[:, None].expand(-1, len(x), -1)).mean(1)
+
+
+class TwoLosses(Mean):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        for loss in (self.loss(batch), self(batch).mean()):
+            self.manual_backward(loss)
+        optimizer.step()
+
+
+@pytest.mark.parametrize('cls, batch_size, words, has_lines', [
+    (Mean, 3, ['less than 4 examples'], False), (Loops, None, ['one by one'], False),
+    (Itself, 8, ['fc1 (used by MulBackward0)', 'covered'], True),
+    (Checkpointed, 8, ['fc1 (its activations are checkpointed or offloaded)', 'fc2'], True),
+    (Square, 8, ['two axes are as long as the batch'], False),
+    (TwoLosses, 8, ['more than one backward pass', 'accumulate_grad_batches'], False),
+])
+def test_what_is_not_known_is_said(tmp_path, capsys, cls, batch_size, words, has_lines):
+    data = make_data(12 if batch_size == 3 else 16)
+    loader = DataLoader(data, batch_size=batch_size)
+    if cls is Loops:
+        loader = DataLoader([[{'x': x} for x in part] for part in data.split(8)], batch_size=None)
+    _, _, lines, _ = fit(tmp_path, PlasticityMonitor('noise_scale@1'), make_net(cls), validate=False, loader=loader)
+    out = capsys.readouterr().out
+    (told,) = [line for line in out.splitlines() if line.startswith('PlasticityMonitor: noise_')
+               and 'every step' not in line]
+    assert all(word in told for word in words), told
+    assert bool(lines) == has_lines
+    for line in lines_of(lines, 'noise_scale'):
+        shares = of_layers(line, 'covered')
+        assert shares['fc1'] == 0 and shares['head'] == 1
+        assert (line['value'] is None) == (line['covered'] < 0.9) and 0 < line['covered'] < 1
+
+
+def test_a_gradient_that_a_hook_changes_is_not_known(tmp_path):
+    class Hooked(Mean):
+        def on_fit_start(self):
+            self.fc2.weight.register_hook(lambda grad: grad * 2)
+    lines = chunked(tmp_path, make_net(Hooked), make_data(16), batch_size=8)
+    shares = of_layers(lines_of(lines, 'noise_scale')[0], 'covered')
+    assert shares == {'fc1': 1, 'fc2': 0, 'head': 1}
+
+
+def test_chunks_at_every_tenth_log_step(tmp_path):
+    def intervals(**kwargs):
+        monitor = PlasticityMonitor('tuning')
+        _, trainer, _, _ = fit(tmp_path, monitor, max_steps=1, log_every_n_steps=3, logger=False, **kwargs)
+        return {name: resolve('auto', METRICS[name], trainer) for name in ('noise_scale', 'update_ratio')}
+    assert intervals() == {'noise_scale': 30, 'update_ratio': 3}
+    assert intervals(accumulate_grad_batches=2) == {'noise_scale': 3, 'update_ratio': 3}
+
+
+@pytest.mark.parametrize('fails', [False, True])
+def test_nothing_of_the_graph_is_kept(tmp_path, monkeypatch, fails):
+    """ Hooks on nodes of a graph refer to it: they are gone when the backward pass is over, and need no collector. """
+    class Fails(Mean):
+        def on_after_backward(self):
+            if fails:
+                raise KeyboardInterrupt
+
+    made, begin = [], Chunks.__init__
+
+    def remember(self, *args):
+        begin(self, *args)
+        made.append(weakref.ref(self))
+    monkeypatch.setattr(Chunks, '__init__', remember)
+    gc.collect()
+    gc.disable()
+    try:
+        with contextlib.suppress(KeyboardInterrupt, SystemExit):
+            chunked(tmp_path, make_net(Fails), make_data(16), batch_size=8)
+        assert len(made) == 2 - fails and not any(chunks() for chunks in made)
+    finally:
+        gc.enable()
+
+
+# --- several processes ---------------------------------------------------------------------
+
+@pytest.mark.parametrize('strategy', ['ddp', 'fsdp2'])
+def test_in_two_processes(tmp_path, strategy):
+    """ Ranks and micro-batches are pieces; of sharded gradients, which are reduced at once, micro-batches alone. """
+    names = 'update_ratio,step_alignment,noise_scale,weight_distance'
+    ran = Ran(tmp_path / 'two', 2, strategy=strategy, epochs=1, monitor={'metrics': names}, accumulate=2)
+    alone = Ran(tmp_path / 'one', 1, strategy=strategy, epochs=1, monitor={'metrics': names}, accumulate=2)
+    assert max(ran.collectives().values()) <= 2
+    for name in names.split(','):
+        own, others = lines_of(ran.lines, name), lines_of(alone.lines, name)
+        assert len(own) >= 2 and [line['step'] for line in own] == (
+            list(range(len(own))) if name == 'noise_scale' else [line['step'] for line in others])
+        if name != 'noise_scale' or strategy == 'fsdp2':
+            assert values(own, name) == pytest.approx(values(others, name)[:len(own)], rel=1e-6)
+    net = make_net(Routed).double()
+    net.always = strategy != 'ddp'
+    parts = [batches_of(rank, 2, 'even')[:2] for rank in range(2)]
+    weights = {name.removesuffix('.weight'): p for name, p in net.named_parameters() if p.ndim > 1}
+    pieces = [torch.autograd.grad(net.loss(batch) / 2, list(weights.values()), allow_unused=True)
+              for part in parts for batch in part]
+    if strategy == 'fsdp2':
+        pieces = [[a + b for a, b in zip(pieces[i], pieces[i + 2], strict=True)] for i in range(2)]
+    line, k, b = lines_of(ran.lines, 'noise_scale')[0], len(pieces), sum(len(x) for part in parts for x in part)
+    n = s = 0.
+    for layer, own in zip(weights, zip(*pieces, strict=True), strict=True):
+        own = [torch.zeros_like(weights[layer]) if g is None else g for g in own]
+        n, s = n + sum(own).square().sum().item(), s + sum(g.square().sum().item() for g in own)
+    assert line['fraction'] == pytest.approx((k * s - n) / ((k - 1) * n), rel=1e-6)
+    assert line['value'] == (pytest.approx(b / k * (k * s - n) / (n - s), rel=1e-6) if n > s else None)
+    assert line['batch_examples'] == b == 16
