@@ -5,10 +5,16 @@ Calls of activation functions, seen while a capture is open.
 File                What it knows
 ==================  ===========================================================
 ``functions.py``    which functions are activations, and where their units die
-``axes.py``         rules for where the units of a tensor are
-``trails.py``       which tensor came from which run of which layer
+``written.py``      rules for activations that are written out
+``layers.py``       rules for which functions are layers
+``products.py``     rules for products, where no operand is a weight
+``axes.py``         rules for where units go
+``owners.py``       which tensors are weights, and of which layer
+``trails.py``       which tensor came from where, and which activations are hidden layers
 ``modules.py``      which modules run
+``experts.py``      modules that might have run
 ``capture.py``      the mode that joins them, and sees each call
+``examples.py``     how many examples a batch has
 ``sites.py``        names for where an activation is called
 ``window.py``       a measurement that spans as many batches as it needs
 ==================  ===========================================================
