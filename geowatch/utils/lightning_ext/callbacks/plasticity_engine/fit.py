@@ -365,15 +365,16 @@ class Fit:
     def _step_reading(self, module, names, moment):
         """ What the sources have found at a step, after which they begin anew. """
         reading, sources, self._sources = Reading(names, moment), self._sources, {}
-        weights = self._walk(module)
-        for source in sources.values():
-            source.end_step(weights)
-            source.close()
-            for fld, own in source.take().items():
-                for layer, x in own.items():
-                    is_part = self.processes.count > 1 and (source.are_parts or is_sharded(weights.get(layer)))
-                    totals = reading.parts if is_part else reading.whole
-                    totals.setdefault((source.name, fld), {})[layer] = x
+        with self.faults.guard(names):  # other processes wait for the reading, whatever is in it
+            weights = self._walk(module)
+            for source in sources.values():
+                source.end_step(weights)
+                source.close()
+                for fld, own in source.take().items():
+                    for layer, x in own.items():
+                        is_part = self.processes.count > 1 and (source.are_parts or is_sharded(weights.get(layer)))
+                        totals = reading.parts if is_part else reading.whole
+                        totals.setdefault((source.name, fld), {})[layer] = x
         return reading
 
     def _window_reading(self, window, moment, final):
