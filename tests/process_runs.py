@@ -24,6 +24,7 @@ from pytorch_lightning.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
 from geowatch.utils.lightning_ext.callbacks.plasticity import PlasticityMonitor
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine import processes, publisher
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sinks import JsonLines
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.statistics import calls as statistics_of_calls
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.statistics import tensors
@@ -201,12 +202,20 @@ class Watch(Callback):
         self.step = 'start'
 
 
+# What is between the statistics and the numbers.
+OURS = {'message': (publisher, 'layout_of'), 'give': (processes._Addend, 'give'), 'take': (processes._Addend, 'take'),
+        'derive': (publisher, 'derive'), 'transfer': (publisher, 'to_host')}
+
+
 def fault_of(fault, rank):
     """ Make something fail: (name of a metric or of a maker of statistics, rank or None for all, calls before). """
     name, where, after = fault
     if where not in (None, rank):
         return
     calls = []
+    if name == 'small buffers':  # so that everything takes several rounds
+        processes._MESSAGE, processes._NUMBERS = 64, 77
+        return
 
     def failing(original):
         def fails(*args, **kwargs):
@@ -215,7 +224,10 @@ def fault_of(fault, rank):
                 raise RuntimeError(f'fault of {name}')
             return original(*args, **kwargs)
         return fails
-    if name in METRICS:
+    if name in OURS:
+        place, attribute = OURS[name]
+        setattr(place, attribute, failing(getattr(place, attribute)))
+    elif name in METRICS:
         METRICS[name] = dataclasses.replace(METRICS[name], formula=failing(METRICS[name].formula))
     elif name == 'gram':
         tensors.gram = failing(tensors.gram)
@@ -278,6 +290,28 @@ def train_together(folder, strategy='ddp', how='even', fault=None, epochs=2, sle
         torch.distributed.destroy_process_group()
 
 
+def trains_alone(folder, all_of_them):
+    """ Processes that know each other, of which one, or each for itself, trains on a single device. """
+    torch.distributed.init_process_group('gloo')
+    rank = torch.distributed.get_rank()
+    if all_of_them or rank == 0:
+        net = make_net()
+        with torch.no_grad():
+            net.fc1.weight += rank  # sums of both would be told from those of one
+        expected = sum(p.abs().sum().item() for p in net.parameters() if p.ndim > 1)
+        expected /= sum(p.numel() for p in net.parameters() if p.ndim > 1)
+        trainer = pl.Trainer(
+            accelerator='cpu', devices=1, strategy=pl.strategies.SingleDeviceStrategy('cpu'), max_steps=1 + rank,
+            default_root_dir=folder, logger=CSVLogger(folder, name=f'rank{rank}', version=0),
+            enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+            callbacks=[PlasticityMonitor('weight_mag,dead_units')])
+        trainer.fit(net, DataLoader(make_data(), batch_size=8))
+        with open(f'{folder}/rank{rank}/version_0/plasticity.jsonl') as file:
+            line = json.loads(file.readline())
+        assert (line['metric'], line['step']) == ('weight_mag', -1)
+        assert abs(line['value'] - expected) < 1e-6, (line['value'], expected)
+
+
 def layouts(folder, mesh_shape):
     """ Statistics of a matrix in other layouts than FSDP2's, added up over the processes. """
     from torch.distributed.device_mesh import init_device_mesh
@@ -287,7 +321,7 @@ def layouts(folder, mesh_shape):
     from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sharding import part_for_gram
     from geowatch.utils.lightning_ext.callbacks.plasticity_engine.statistics.tensors import functions_of
     torch.distributed.init_process_group('gloo')
-    processes = Processes(torch.distributed.get_world_size(), 'cpu')
+    together = Processes(torch.distributed.get_world_size(), 'cpu')
     mesh = init_device_mesh('cpu', tuple(mesh_shape), mesh_dim_names=tuple('ab'[:len(mesh_shape)]))
     rows, columns, both = Shard(0), Shard(1), Replicate()
     cases = {'rows': [rows], 'columns': [columns], 'copies': [both]} if len(mesh_shape) == 1 else {
@@ -304,11 +338,11 @@ def layouts(folder, mesh_shape):
                 stats = {}
                 for function, fields in functions_of(['count', 'abs', 'squares', 'nonfinite', 'gram']).items():
                     stats.update({('weights', field): x for field, x in function({'x': tensor}, fields).items()})
-                (total,) = processes.add_up([stats], [layout_of([stats])] * processes.count)
+                (total,), _ = together.add_up([stats], [layout_of([stats])] * together.count)
                 found[f'{tuple(shape)} {name}{part}'] = {
-                    'largest part': processes.exchange({'n': piece.numel()}),
+                    'largest part': together.exchange({'n': piece.numel()}),
                     **{field: x['x'].tolist() for (_, field), x in total.items()}}
-    if processes.rank == 0:
+    if together.rank == 0:
         with open(f'{folder}/found.json', 'w') as file:
             json.dump(found, file)
     torch.distributed.destroy_process_group()

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from common import ACTIVATIONS, AT_START, NOISE, lines_of
-from process_runs import CAN_SHARD_ON_CPU, flattened, layouts, run_processes, train_together
+from process_runs import CAN_SHARD_ON_CPU, OURS, flattened, layouts, run_processes, train_together, trains_alone
 
 from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import METRICS
 
@@ -144,6 +144,31 @@ def test_only_metric_fails(tmp_path, where):
     ran = Ran(tmp_path, 2, fault=('sums', where, 3), monitor={'metrics': 'weight_mag'})
     assert [line['step'] for line in ran.lines] == [-1, 0, 1]
     assert ''.join(ran.said).count('Traceback') == 1
+
+
+@pytest.mark.parametrize('name', OURS)
+@pytest.mark.parametrize('where', [0, 1, None])
+def test_what_fails_between_statistics_and_numbers(tmp_path, name, where):
+    """ On one process or on all: what it costs is off on all of them, said once, and training goes on. """
+    ran = Ran(tmp_path, 2, fault=(name, where, 3), monitor={'metrics': 'weight_mag,dead_units,grad_norm',
+                                                            'source': 'train', 'samples': 4})
+    assert all(rank['steps'] == 10 for rank in ran.ranks)
+    said = ''.join(ran.said)
+    assert f'fault of {name}' in said and 1 <= said.count('Traceback') <= 2
+    assert len(lines_of(ran.lines, 'dead_units')) < 10
+    ran.collectives()  # the same on all
+
+
+def test_what_takes_several_rounds(tmp_path, one):
+    ran = Ran(tmp_path, 2, how='branch', fault=('small buffers', None, 0), monitor={'source': 'train'})
+    same(ran.lines, one['ddp', 'train'])
+    assert max(ran.collectives().values()) > 10
+
+
+@pytest.mark.parametrize('all_of_them', [False, True])
+def test_a_single_device_beside_other_processes(tmp_path, all_of_them):
+    """ Processes are those of the trainer: nobody waits for one that does not train, or adds up what it has. """
+    assert run_processes(trains_alone, 2, str(tmp_path), all_of_them, seconds=60) == [0, 0]
 
 
 def run_or_skip(*args):

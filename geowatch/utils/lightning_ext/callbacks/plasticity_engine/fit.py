@@ -527,7 +527,6 @@ class Fit:
     def _look(self, module, batch, left):
         self.looks.look(module, batch, left, self._trained.look(module))
 
-
     def _step_readings(self, module, names, moment):
         return self.steps.read(partial(self._walk, module), names, moment)
 

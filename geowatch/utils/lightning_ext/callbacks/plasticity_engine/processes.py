@@ -3,10 +3,17 @@ The processes that train together: at most two collectives for what was measured
 
 The first lets all processes know what each of them has, since ranks may have
 seen different sites and a metric may have failed on one of them. The second
-adds up all statistics in one buffer. On a single process there is neither.
+adds up all statistics. On a single process there is neither.
+
+Each goes through a buffer that is there from the start, and in as many rounds
+as it takes, which all processes know. So a process that runs out of memory, or
+fails otherwise, still takes part, and tells the others.
 """
+import itertools
 import json
+import math
 import zlib
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -14,9 +21,10 @@ import torch.distributed as dist
 from .sources.activations.sites import Site
 from .statistics import Totals
 
-# Bytes of a message in the first collective; only one with more than about a
-# thousand sites needs a second round.
+# Bytes of a message in one round; only one with more than about a thousand sites needs another.
 _MESSAGE = 1 << 14
+# Numbers of a sum in one round: 4 MB.
+_NUMBERS = 1 << 19
 
 
 class Processes:
@@ -42,70 +50,147 @@ class Processes:
         self.count = count if dist.is_available() and dist.is_initialized() else 1
         self.rank = dist.get_rank() if self.count > 1 else 0
         self._device = device
+        if self.count > 1:
+            self._mine = torch.zeros(_MESSAGE, dtype=torch.uint8, device=device)
+            self._theirs = [torch.zeros_like(self._mine) for _ in range(self.count)]
+            self._numbers = torch.zeros(_NUMBERS, dtype=torch.float64, device=device)
 
-    def exchange(self, message: dict) -> list[dict]:
+    def exchange(self, message: dict, otherwise: Callable | None = None) -> list[dict]:
         """
         Let all processes know each other's message. All of them have to call it.
 
         Args:
             message (dict): plain data, of this process
+            otherwise (Callable | None): makes the message that is sent if this
+                one cannot be, inside an except block; by default the error is raised
 
         Returns:
             List[dict]: the messages of all, in order of ranks
         """
         if self.count == 1:
             return [message]
-        data = zlib.compress(json.dumps(message).encode())
-        packets = self._gather(data, _MESSAGE)
-        longest = max(map(_length, packets))
-        if longest > _MESSAGE - 8:
-            packets = self._gather(data, longest + 8)
-        return [json.loads(zlib.decompress(packet[8:8 + _length(packet)])) for packet in packets]
+        try:
+            data = zlib.compress(json.dumps(message).encode())
+        except Exception:
+            if otherwise is None:
+                raise
+            data = zlib.compress(json.dumps(otherwise()).encode())
+        data = len(data).to_bytes(8, 'little') + data
+        found = [b''] * self.count
+        for start in itertools.count(0, _MESSAGE):
+            part = data[start:start + _MESSAGE]
+            self._mine[:len(part)] = torch.frombuffer(bytearray(part or b'\0'), dtype=torch.uint8)[:len(part)]
+            dist.all_gather(self._theirs, self._mine)
+            found = [x + y.cpu().numpy().tobytes() for x, y in zip(found, self._theirs, strict=True)]
+            ends = [8 + int.from_bytes(x[:8], 'little') for x in found]
+            if start + _MESSAGE >= max(ends):
+                return [json.loads(zlib.decompress(x[8:end])) for x, end in zip(found, ends, strict=True)]
 
-    def _gather(self, data, size):
-        packet = len(data).to_bytes(8, 'little') + data[:size - 8]
-        mine = torch.frombuffer(bytearray(packet.ljust(size, b'\0')), dtype=torch.uint8).to(self._device)
-        theirs = [torch.empty_like(mine) for _ in range(self.count)]
-        dist.all_gather(theirs, mine)
-        return [x.cpu().numpy().tobytes() for x in theirs]
-
-    def add_up(self, totals: list[Totals], layouts: list[list]) -> list[Totals]:
+    def add_up(self, totals: list[Totals], layouts: list[list],
+               on_error: Callable | None = None) -> tuple[list[Totals], set[tuple[str, str]]]:
         """
-        Sum statistics over all processes, in one buffer. All of them have to call it.
+        Sum statistics over all processes. All of them have to call it.
 
         Args:
             totals (List[Totals]): of this process
             layouts (List[List]): of all processes, see :func:`layout_of`
+            on_error (Callable | None): called with source and field, inside
+                an except block, where one cannot be added on this process;
+                by default the error is raised
 
         Returns:
-            List[Totals]: the sums, of what any process has, in the same order on all of them
+            Tuple[List[Totals], Set[Tuple[str, str]]]: the sums, of what any
+                process has, in the same order on all of them; and source and
+                field of those that could not be added on some process
         """
         if self.count == 1:
-            return totals
+            return totals, set()
         union = {}
         for layout in layouts:
             for index, source, field, key, shape in layout:
                 key = Site(*key) if isinstance(key, list) else key
                 union.setdefault((index, source, field, key), shape)
-        if not union:
-            return [{} for _ in totals]
-        pieces = []
-        for (index, source, field, key), shape in union.items():
-            # A process that has seen nothing of it adds zero.
-            own = totals[index].get((source, field), {}).get(key)
-            own = torch.zeros(shape, device=self._device) if own is None else torch.as_tensor(own)
-            pieces.append(own.detach().to(self._device, torch.float64).reshape(-1))
-        buffer = torch.cat(pieces)
-        dist.all_reduce(buffer)
         sums = [{} for _ in totals]
-        split = buffer.split([len(x) for x in pieces])
-        for ((index, source, field, key), shape), piece in zip(union.items(), split, strict=True):
-            sums[index].setdefault((source, field), {})[key] = piece.view(shape)
-        return sums
+        if not union:
+            return sums, set()
+        pairs = list(dict.fromkeys((source, field) for _, source, field, _ in union))
+        addends = [_Addend(totals[index].get((source, field), {}).get(key), shape)
+                   for (index, source, field, key), shape in union.items()]
+        owners = [pairs.index((source, field)) for _, source, field, _ in union]
+        failed, flags = torch.zeros(len(pairs), dtype=torch.float64), torch.zeros(len(pairs), dtype=torch.float64)
+
+        def each(method, pieces, buffer):
+            for which, there, here in pieces:
+                if which < len(addends):
+                    try:
+                        method(addends[which], buffer[there], here)
+                    except Exception:
+                        if on_error is None:
+                            raise
+                        failed[owners[which]] = 1
+                        on_error(*pairs[owners[which]])
+                # Last of all, how many processes could not add something: by then each of them knows.
+                elif method is _Addend.give:
+                    buffer[there] = failed[here]
+                else:
+                    flags[here] = buffer[there]
+        for pieces in _rounds([*(addend.size for addend in addends), len(pairs)]):
+            buffer = self._numbers[:pieces[-1][1].stop]
+            buffer.zero_()
+            each(_Addend.give, pieces, buffer)
+            dist.all_reduce(buffer)
+            each(_Addend.take, pieces, buffer)
+        # What fails here after the last round, the others hear with the next message.
+        lost = {pair for pair, *counts in zip(pairs, flags.tolist(), failed.tolist(), strict=True) if any(counts)}
+        for (index, source, field, key), addend in zip(union, addends, strict=True):
+            if (source, field) not in lost:
+                sums[index].setdefault((source, field), {})[key] = addend.total.view(addend.shape)
+        return sums, lost
 
 
-def _length(packet):
-    return int.from_bytes(packet[:8], 'little')
+class _Addend:
+    """ One statistic, which is added up piece by piece; what this process has not seen is zero. """
+
+    def __init__(self, own, shape):
+        self.shape = shape
+        self.size = math.prod(shape)
+        self.total = None if self.size else torch.zeros(0, dtype=torch.float64)
+        self._own = own
+
+    def give(self, buffer, here):
+        if self._own is not None:
+            own = self._own.detach() if isinstance(self._own, torch.Tensor) else torch.tensor(self._own)
+            buffer.copy_(own.reshape(-1)[here])
+
+    def take(self, buffer, here):
+        if self.total is None:
+            self.total = torch.empty(self.size, dtype=torch.float64, device=buffer.device)
+        self.total[here] = buffer
+        if here.stop == self.size:
+            self._own = None
+
+
+def _rounds(sizes):
+    """
+    Cut numbers one after the other into rounds: which of them, where in the buffer, where in itself.
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine import processes
+        >>> [(which, there.stop, here.stop) for which, there, here in next(processes._rounds([3, 1]))]
+        [(0, 3, 3), (1, 4, 1)]
+    """
+    pieces, place = [], 0
+    for which, size in enumerate(sizes):
+        start = 0
+        while start < size:
+            length = min(size - start, _NUMBERS - place)
+            pieces.append((which, slice(place, place + length), slice(start, start + length)))
+            start, place = start + length, place + length
+            if place == _NUMBERS:
+                yield pieces
+                pieces, place = [], 0
+    if pieces:
+        yield pieces
 
 
 def layout_of(totals: list[Totals]) -> list[list]:

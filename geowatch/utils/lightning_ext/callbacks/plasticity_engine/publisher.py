@@ -63,11 +63,13 @@ class Publisher:
     def _combine(self, readings):
         """ The readings that are complete, of all processes, without what has failed on any. """
         fit = self._fit
-        messages = fit.processes.exchange(self._message(readings))
+        messages = fit.processes.exchange(self._message(readings), otherwise=lambda: self._failing(readings))
         self._shared = messages[0]['spent']
         fit.agenda.set_the_clock(fit.moment.step, messages[0]['now'])
         layouts = [message['layout'] for message in messages]
         self._switch_off(messages, contradictions(layouts))
+        if len({len(message['has']) for message in messages}) > 1:
+            self._drop(list(fit.metrics))  # a process that failed between two steps is not where the others are
         kept = []
         for index, reading in enumerate(readings):
             reading.metrics = [name for name in reading.metrics if name in fit.metrics]
@@ -76,21 +78,35 @@ class Publisher:
         needed = {(index, key) for index in kept
                   for key in additive_keys([fit.metrics[name] for name in readings[index].metrics])}
         layouts = [[entry for entry in layout if (entry[0], (entry[1], entry[2])) in needed] for layout in layouts]
-        sums = fit.processes.add_up([reading.parts for reading in readings], layouts)
+        sums, lost = fit.processes.add_up(
+            [reading.parts for reading in readings], layouts,
+            on_error=lambda source, field: fit.faults.fail(needing(fit.metrics, source, [field])))
+        # Where it failed says so when it is asked next.
+        self._drop(name for source, field in lost for name in needing(fit.metrics, source, [field]))
         for index in kept:
+            readings[index].metrics = [name for name in readings[index].metrics if name in fit.metrics]
             readings[index].parts = sums[index]
             self._close(readings[index], [message['has'][index] for message in messages])
         return [readings[index] for index in kept]
 
     def _message(self, readings):
         fit = self._fit
-        return {
-            'failed': sorted(fit.faults.failed), 'now': time.monotonic(),
-            'has': [[name for name in reading.metrics if name in fit.metrics and reading.has(fit.metrics[name])]
-                    for reading in readings],
-            'examples': [reading.window and reading.window.examples for reading in readings],
-            'layout': layout_of([reading.parts for reading in readings]) if fit.processes.count > 1 else [],
-            'spent': fit.budget and fit.budget.numbers()}
+        try:
+            return {
+                'failed': sorted(fit.faults.failed), 'now': time.monotonic(),
+                'has': [[name for name in reading.metrics if name in fit.metrics and reading.has(fit.metrics[name])]
+                        for reading in readings],
+                'examples': [reading.window and reading.window.examples for reading in readings],
+                'layout': layout_of([reading.parts for reading in readings]) if fit.processes.count > 1 else [],
+                'spent': fit.budget and fit.budget.numbers()}
+        except Exception:
+            return self._failing(readings)
+
+    def _failing(self, readings):
+        """ What the others hear from this process inside an except block, whatever is wrong here. """
+        self._fit.faults.fail(list(self._fit.metrics))
+        return {'failed': sorted(self._fit.faults.failed), 'now': time.monotonic(), 'has': [[] for _ in readings],
+                'examples': [0 for _ in readings], 'layout': [], 'spent': None}
 
     @staticmethod
     def _is_complete(reading, examples):
@@ -127,8 +143,13 @@ class Publisher:
         failed = [set(message['failed']) for message in messages]
         # The first of those on which it failed says so.
         fit.faults.say(set().union(*failed[:fit.processes.rank]))
-        for name in gone.union(*failed):
+        for name in set().union(*failed):
             fit.faults.failed.pop(name, None)
+        self._drop(gone.union(*failed))
+
+    def _drop(self, names):
+        fit = self._fit
+        for name in set(names):
             fit.looks.drop(name)
             if fit.metrics.pop(name, None):
                 fit.agenda.drop(name)

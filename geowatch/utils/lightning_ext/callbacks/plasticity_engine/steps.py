@@ -144,16 +144,17 @@ class Steps:
             List[Reading]: one, or none
         """
         reading, sources, self._open = Reading(names, moment, notes=self._notes.take()), self._open, {}
-        weights = walk() if names or sources else {}
-        for source in sources.values():
-            source.end_step(weights)
-            source.close()
-            self._explain(source)
-            for field, own in source.take().items():
-                for layer, x in own.items():
-                    is_part = self._fit.processes.count > 1 and (source.are_parts or is_sharded(weights.get(layer)))
-                    totals = reading.parts if is_part else reading.whole
-                    totals.setdefault((source.name, field), {})[layer] = x
+        with self._fit.faults.guard(names):  # other processes wait for the reading, whatever is in it
+            weights = walk() if names or sources else {}
+            for source in sources.values():
+                source.end_step(weights)
+                source.close()
+                self._explain(source)
+                for field, own in source.take().items():
+                    for layer, x in own.items():
+                        is_part = self._fit.processes.count > 1 and (source.are_parts or is_sharded(weights.get(layer)))
+                        totals = reading.parts if is_part else reading.whole
+                        totals.setdefault((source.name, field), {})[layer] = x
         return [reading] if names else []
 
     def close(self):
