@@ -162,7 +162,7 @@ def _load_parts(folder):
     parts = [_Part(folder, run, own, settings, notes + odd) for run, own in _by_run(rows)]
     if len(parts) > 1:
         for part in parts:
-            part.notes = [*part.notes, f'{len(parts)} runs have written to {folder / MEASUREMENTS}: settings and losses '
+            part.notes = [*part.notes, f'{len(parts)} runs have written to one {MEASUREMENTS}: settings and losses '
                                        'beside it may be of another of them']
     return parts
 
@@ -234,8 +234,8 @@ def _number(value):
 
 def _goes_on(before, part):
     """ Is this the log folder that Lightning made when the run before was resumed? """
-    return (part.folder != before.folder and part.folder.parent == before.folder.parent and part.first_epoch > before.first_epoch
-            and part.settings == before.settings)
+    return (part.folder != before.folder and part.folder.parent == before.folder.parent
+            and part.first_epoch > before.first_epoch and part.settings == before.settings)
 
 
 def _join(parts):
