@@ -23,6 +23,7 @@ from .lightning import (
     batches_left,
     begins_anew,
     choose_source,
+    foresees_validation,
     has_stepped,
     is_last_step,
     is_last_validation,
@@ -33,6 +34,7 @@ from .lightning import (
     step_of,
     steps_until_an_end,
     timers_of,
+    validates_by_time,
     validates_in_step,
     watched_by,
 )
@@ -109,7 +111,7 @@ class Fit:
         self._timers = []        # which may end the run after a batch
         self._held = []          # metrics that are read at this step in case it is the last
         self._held_window = None  # the same of this validation
-        self._has_validated = False
+        self._validated_step = None  # the last at which there was validation
         self._told = None        # ids of parameters of whose steps Lightning tells; None for all
         self._handle = None      # of the hook for all others
         self._scales = False     # whether something scales the loss
@@ -140,13 +142,10 @@ class Fit:
                               for name, metric in self.metrics.items()},
                              self._of_activations() if self.source == 'train' else (), self.processes.count)
         self.publisher = Publisher(self)
-        self._is_new = begins_anew(trainer)
         self._watched = watched_by(trainer.callbacks) & set(self.metrics)
         # Processes have clocks of their own.
         self._timers = timers_of(trainer) if self.processes.count == 1 else []
         self._restore()
-        if self._is_new or trainer.ckpt_path and 'run' not in self._restored or self.run is None:
-            self.run = new_run()
 
     def _restore(self):
         """ Go on from a checkpoint, if there is one. """
@@ -165,6 +164,9 @@ class Fit:
             return
         self._is_open = True
         trainer = self.trainer
+        self._is_new = begins_anew(trainer)
+        if self.run is None or self._is_new:
+            self.run = new_run()
         covered = {id(param) for optimizer in trainer.optimizers for group in optimizer.param_groups
                    for param in group['params']}
         self._scales = getattr(trainer.precision_plugin, 'scaler', None) is not None
@@ -272,6 +274,8 @@ class Fit:
             self._is_awake = False
         if is_over(self.trainer, self._timers):
             self.conclude(module, ('step',))  # a validation may follow
+        elif validates_by_time(self.trainer):
+            self._hold_left(module)
 
     def _measure_step(self, module, batch):
         self._stop_listening()
@@ -322,11 +326,23 @@ class Fit:
         left = [name for name in missing if name not in taken
                 and set(self.metrics[name].sources) <= {'weights', 'gradients'}]
         if left:
-            self.steps.open(left, moment.step)
-            if self.last.gradients_are_left:
-                self.steps.look_again(partial(self._walk, module))
-            readings += self._step_readings(module, left, moment)
+            readings += self._left_readings(module, left, moment)
         self.publisher.publish(readings)
+
+    def _left_readings(self, module, names, moment):
+        """ What is there of a step when it is over: weights, and gradients unless somebody has changed them. """
+        self.steps.open(names, moment.step)
+        self.steps.look_again(lambda: self.last.left(self._walk(module)))
+        return self._step_readings(module, names, moment)
+
+    def _hold_left(self, module):
+        """ Read gradients before a validation that may be the end of the run, and that makes them zero. """
+        moment = self.last.moment
+        names = [name for name in ([] if moment is None else self.agenda.missing(moment))
+                 if set(self.metrics[name].sources) in ({'gradients'}, {'gradients', 'weights'})]
+        if names and not self.steps.are_open and not self.last.holds('step', moment):
+            for reading in self._left_readings(module, names, moment):
+                self.last.hold('step', reading)
 
     # --- validation ---------------------------------------------------------------------
 
@@ -338,11 +354,12 @@ class Fit:
             if self._is_new:
                 self._open_start()
             return
-        self._has_validated = True
-        names, moment, is_last = self._of_activations(), self._validated(), is_last_validation(self.trainer)
-        self.agenda.want(self._watched.intersection(names), moment.step)
-        if is_last is None:
-            self.agenda.want(self.agenda.once_per_epoch(names), moment.step)
+        names, moment = self._of_activations(), self._validated()
+        if moment.step != self._validated_step:
+            self._validated_step = moment.step
+            wanted = [] if foresees_validation(self.trainer) else self.agenda.once_per_epoch(names)
+            self.agenda.want(self._watched.intersection(names).union(wanted), moment.step)
+        is_last = is_last_validation(self.trainer)
         due = self.agenda.missing(moment, names) if is_last else self.agenda.due(moment.step, names)
         self._open_windows(due, moment)
         held = self.agenda.missing(moment, names)
@@ -435,7 +452,7 @@ class Fit:
             return None
         missed = [metric for name, metric in self.metrics.items() if name not in self.publisher.measured]
         if missed:
-            looked = self.source == 'train' or self._has_validated
+            looked = self.source == 'train' or self._validated_step is not None
             say(why_missing(missed, self.last.moment is not None,
                             self.looks.why_nothing() if looked else 'no validation ran'))
         return self.sinks.folder if self.publisher.measured else None

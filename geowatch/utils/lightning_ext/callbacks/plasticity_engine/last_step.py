@@ -8,6 +8,7 @@ import dataclasses
 import weakref
 
 from .lightning import Moment
+from .sources.weights import parameters_of
 
 
 class LastStep:
@@ -26,11 +27,11 @@ class LastStep:
         >>> last.begin_batch(0, epoch=0)
         >>> last.before_step(optimizer)
         >>> optimizer.step()
-        >>> last.gradients_are_left
-        True
+        >>> list(last.left({'fc': weight}))
+        ['fc']
         >>> _ = weight.grad.mul_(0.5)
-        >>> last.gradients_are_left
-        False
+        >>> last.left({'fc': weight})
+        {}
     """
 
     def __init__(self):
@@ -45,12 +46,12 @@ class LastStep:
     def begin_batch(self, step, epoch):
         """ Note that a batch of a step begins. Like what follows it runs at each step, and so calls little. """
         self._begun = step, epoch
-        self._gradients = {}
 
     def before_step(self, optimizer, is_scaled=False):
         """ Note that an optimizer makes the step, and with which gradients: whoever changes them does it to all. """
-        self._made = self._begun
-        self._gradients[optimizer] = None
+        if self._made is not self._begun:
+            self._made, self._gradients = self._begun, {}
+        self._gradients[optimizer] = None, None, None
         if not is_scaled:
             for group in optimizer.param_groups:
                 for param in group['params']:
@@ -62,18 +63,32 @@ class LastStep:
         """ Note that a batch has ended that counts as a step, as each does under manual optimization. """
         self._made = self._begun
 
-    @property
-    def gradients_are_left(self):
-        """ Whether the gradients are still those of the last step: not clipped, not zero again, not added to. """
-        return bool(self._gradients) and all(mark is not None and mark[1]() is not None and mark[0].grad is mark[1]()
-                                             and mark[0].grad._version == mark[2]
-                                             for mark in self._gradients.values())
+    def left(self, weights):
+        """
+        Args:
+            weights (Dict[str, Parameter]): by layer
+
+        Returns:
+            Dict[str, Parameter]: those that the last step has changed, if their gradients are still those of it: not
+                clipped, not zero again, not added to
+        """
+        for param, gradient, version in self._gradients.values():
+            if param is None or param.grad is None or param.grad is not gradient() or param.grad._version != version:
+                return {}
+        stepped = {id(param) for optimizer in self._gradients for group in optimizer.param_groups
+                   for param in group['params']}
+        return {layer: weight for layer, weight in weights.items()
+                if any(id(param) in stepped for param in parameters_of(weight))}
 
     # --- what was read in case it was the last ---------------------------------
 
     def hold(self, place, reading):
         """ Keep a Reading of a 'step' or a 'validation', in case none follows it. """
         self._held[place] = reading
+
+    def holds(self, place, moment):
+        """ Whether something was read of it at this moment already. """
+        return place in self._held and self._held[place].moment.step == moment.step
 
     def take(self, place, names, moment):
         """
@@ -87,7 +102,7 @@ class LastStep:
         """
         reading = self._held.pop(place, None)
         if reading is None or reading.moment.epoch != moment.epoch or (
-                place == 'step' and reading.moment.step != moment.step):
+                place == 'step' and reading.moment.step < moment.step):
             return []
         own = [name for name in reading.metrics if name in names]
         return [dataclasses.replace(reading, metrics=own)] if own else []

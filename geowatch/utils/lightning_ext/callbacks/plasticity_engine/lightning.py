@@ -50,8 +50,8 @@ def has_stepped(trainer) -> bool:
 
 
 def begins_anew(trainer) -> bool:
-    """ Whether the network is untrained, as far as this run knows. """
-    return not trainer.ckpt_path and step_of(trainer) == 0
+    """ Whether the network is untrained, as far as this run knows, when a checkpoint has been read. """
+    return step_of(trainer) == 0 and trainer.global_step == 0
 
 
 def batches_left(trainer, batch_idx: int | None = None, dataloader_idx: int | None = None) -> float:
@@ -166,14 +166,24 @@ def steps_of(schedule, trainer, steps, seconds):
     return min(schedule.steps or epoch, max(epoch, 1))
 
 
-def is_last_validation(trainer) -> bool | None:
-    """ Whether no other validation follows in this epoch; None where that is not known, as with streams. """
-    every, batches, loop = trainer.val_check_batch, trainer.num_training_batches, trainer.fit_loop
+def foresees_validation(trainer) -> bool:
+    """ Whether the last validation of an epoch is known before: not with streams, nor by time. """
+    return trainer.val_check_batch is not None and not math.isinf(trainer.num_training_batches)
+
+
+def is_last_validation(trainer) -> bool:
+    """ Whether no other validation follows in this epoch, as far as that is known. """
+    loop = trainer.fit_loop
     if loop.epoch_loop._is_training_done or (trainer.should_stop and loop._can_stop_early):
         return True
-    if every is None or math.isinf(batches):
-        return None
-    return batches - (batch_of(trainer) + 1) < every
+    return foresees_validation(trainer) and (
+        trainer.num_training_batches - (batch_of(trainer) + 1) < trainer.val_check_batch)
+
+
+def validates_by_time(trainer) -> bool:
+    """ Whether validation follows the batch that ends since it is time for it. """
+    return (trainer.val_check_batch is None and trainer.enable_validation
+            and trainer.fit_loop.epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher))
 
 
 def scale_of(trainer, optimizer):

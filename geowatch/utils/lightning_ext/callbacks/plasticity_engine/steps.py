@@ -112,6 +112,11 @@ class Steps:
         return [source for source in self._open.values() if source.sees_backward]
 
     @property
+    def are_open(self):
+        """ Whether any source is open. """
+        return bool(self._open)
+
+    @property
     def see_an_optimizer(self):
         """ Whether any source that is open has to see an optimizer step. """
         return any(name != 'weights' for name in self._open)

@@ -171,8 +171,8 @@ def _load_parts(folder):
     parts = [_Part(folder, run, own, settings, notes + odd) for run, own in _by_run(rows)]
     if len(parts) > 1:
         for part in parts:
-            part.notes = [*part.notes, f'{len(parts)} runs have written to {folder / MEASUREMENTS}: settings and '
-                                       'losses beside it may be of another of them']
+            part.notes = [*part.notes, f'{len(parts)} runs have written to one {MEASUREMENTS}: settings and losses '
+                                       'beside it may be of another of them']
     return parts
 
 
