@@ -508,12 +508,14 @@ def test_micro_batches_beside_single_examples(tmp_path, clip, precision, rel):
     assert last(lines, 'noise_scale')['batch_examples'] == 32
 
 
-def test_under_a_grad_scaler(tmp_path):
-    _, _, plain, _ = fit(tmp_path / 'a', PlasticityMonitor('noise_scale@1'), validate=False, max_epochs=1,
-                         accumulate_grad_batches=2)
-    _, _, scaled, _ = fit(tmp_path / 'b', PlasticityMonitor('noise_scale@1'), validate=False, max_epochs=1,
-                          accumulate_grad_batches=2, plugins=[ScaledOnly()])
-    assert values(scaled, 'noise_scale') == pytest.approx(values(plain, 'noise_scale'), rel=1e-4)
+@pytest.mark.parametrize('accumulate', [1, 2])
+def test_under_a_grad_scaler(tmp_path, accumulate):
+    kwargs = {'validate': False, 'max_epochs': 1, 'accumulate_grad_batches': accumulate}
+    _, _, plain, _ = fit(tmp_path / 'a', PlasticityMonitor('noise_scale@1'), **kwargs)
+    _, _, scaled, _ = fit(tmp_path / 'b', PlasticityMonitor('noise_scale@1'), plugins=[ScaledOnly()], **kwargs)
+    assert len(plain) > 4 and len(scaled) == len(plain)
+    for one, two in zip(plain, scaled, strict=True):
+        assert two['value'] == (one['value'] and pytest.approx(one['value'], rel=1e-4)) and two['covered'] == 1
 
 
 # --- noise_scale: chunks of a batch ------------------------------------------------------------
