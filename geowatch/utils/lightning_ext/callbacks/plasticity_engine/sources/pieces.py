@@ -32,8 +32,8 @@ class Pieces(StepSource):
         >>>     (weight * torch.tensor([x])).sum().backward()
         >>>     source.after_backward({'fc': weight})
         >>> source.before_step({'fc': weight}, scale=1.)
-        >>> {field: float(own['fc']) for field, own in source.take().items()}
-        {'count': 2.0, 'examples': 16.0, 'squares': 26.0, 'gradient': 32.0}
+        >>> {field: float(own['fc']) for field, own in sorted(source.take().items())}
+        {'count': 2.0, 'examples': 16.0, 'gradient': 32.0, 'squares': 26.0}
     """
     name = 'pieces'
     are_parts = True
