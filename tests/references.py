@@ -37,7 +37,7 @@ OF_TENSORS = {
     'spectral_norm': lambda w: singular(w).max(),
     'stable_rank': lambda w: (singular(w) ** 2).sum() / (singular(w) ** 2).max(),
 }
-# Metrics of more than one tensor of a layer: tests/test_tuning.py has them beside plain training loops.
+# Metrics of more than one tensor of a layer: test_tuning.py and test_noise.py have them beside plain training loops.
 OF_STEPS = {'update_ratio', 'step_alignment', 'weight_distance', 'noise_scale', 'noise_fraction'}
 OF_CALLS = {
     'dead_units': lambda z, h: np.mean([(h[:, unit] == 0).all() for unit in range(h.shape[1])]),

@@ -75,6 +75,7 @@ def test_values_of_several_processes(tmp_path, one, strategy, count, how, source
     ran = Ran(tmp_path, count, strategy=strategy, how=how, monitor={'source': source})
     # Each process has pieces of its own, but for sharded gradients: test_in_two_processes of the tuning has them.
     assert bool(lines_of(ran.lines, 'noise_scale')) == (strategy == 'ddp')
+    assert ('sharded weights are reduced at once' in ran.said[0]) == (strategy == 'fsdp2')
     same(*([line for line in lines if line['metric'] not in NOISE] for lines in (ran.lines, one[strategy, source])))
     assert {line['metric'] for line in ran.lines} | set(NOISE) == set(TAGS)
     assert [line['step'] for line in lines_of(ran.lines, 'erank')] == list(range(-1, 10))

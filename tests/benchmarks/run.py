@@ -26,8 +26,7 @@ ROWS = ('steps', 'quiet_step', 'one_read', 'erank_resnet', 'erank_wide', 'featur
         'default_run', 'short_run', 'geowatch_run', 'imports', 'growth')
 TOOLS = ('ours: weight_mag, grad_mag, dead_units', 'ours: those of the paper', 'ours: update_ratio',
          'ours: step_alignment', 'ours: noise_scale', 'ours: all', 'ormas-monitor', 'fastai ActivationStats',
-         'Composer ActivationMonitor', 'wandb.watch(log="all")', 'torch-module-monitor',
-         'Lightning grad_norm')
+         'Composer ActivationMonitor', 'wandb.watch(log="all")', 'torch-module-monitor', 'Lightning grad_norm')
 
 
 def make_environment(folder):
