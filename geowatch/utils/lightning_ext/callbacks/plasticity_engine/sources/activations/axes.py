@@ -21,6 +21,7 @@ Where that cannot be, these are the rules:
   of the right operand, else the rows of the left. The scores of attention have
   none.
 """
+import functools
 import math
 from typing import NamedTuple
 
@@ -226,42 +227,45 @@ def follow_units(name: str, args: tuple, kwargs: dict, source: torch.Tensor, pla
         >>> follow_units('view', (), {}, x, (Part(3, 4),), x.view(2, 4, 4, 2, 2))
         (Part(axis=3, size=2, step=1), Part(axis=4, size=2, step=1))
     """
-    if output is source or (output.shape == source.shape and output.stride() == source.stride()) or not place:
+    before, after = source.shape, output.shape
+    move = MOVES.get(name)
+    if not place or (before == after and (move is None or output is source)):
         return place  # by far the most calls
     if name in _RESHAPES:
-        return _reshaped(place, source, output) if output.numel() == source.numel() else ()
-    move = MOVES.get(name)
-    if move is None and output.ndim == source.ndim:
-        axes = range(source.ndim)
+        return _reshaped(place, before, after)
+    if move is None and len(before) == len(after):
+        axes = range(len(before))
     else:
         axes = (move or _moves)(args, kwargs, source, output)
     moved = []
     for part in place:
-        axis = axes[part.axis]
-        if axis is not None and axis < output.ndim:
-            moved.append(_resized(part._replace(axis=axis), source.shape[part.axis], output.shape[axis],
-                                  name in SLICES))
+        part_axis = part.axis
+        axis = axes[part_axis]
+        if axis is not None and axis < len(after):
+            if axis != part.axis:
+                part = Part(axis, part.size, part.step)
+            if before[part_axis] != after[axis]:
+                part = _resized(part, before[part_axis], after[axis], name in SLICES)
+            moved.append(part)
     moved = tuple(part for part in moved if part is not None)
     return place if moved == place else moved
 
 
 def _resized(part, before, after, is_slice):
     """ A part on an axis that may have become longer, as by concatenation, or shorter. """
-    if before == after:
-        return part
     if part.size == before:
         # A sum over all units has none; the one that a slice has picked is one.
         return part._replace(size=after) if after > 1 or is_slice else None
     return part if after % (part.size * part.step) == 0 else None
 
 
-def _reshaped(place, source, output):
+@functools.lru_cache(maxsize=4096)
+def _reshaped(place, before, after):
     """
     A reshape keeps the order of the elements: that an element is of the k-th
     unit of a part says a digit of its number, and so does each axis.
     """
-    before, after = source.shape, output.shape
-    if not output.numel():
+    if math.prod(before) != math.prod(after) or not math.prod(after):  # as a view of other numbers
         return ()
     of_example = math.prod(before[1:])  # elements behind one place on the first axis
     behind = [math.prod(after[i + 1:]) for i in range(len(after))]

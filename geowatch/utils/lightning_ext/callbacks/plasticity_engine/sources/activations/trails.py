@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .axes import SLICES, Place, follow_units, units_in, whole
+from .axes import MOVES, SLICES, Place, follow_units, units_in, whole
 from .layers import LAYERS, NORM_AXIS, layer_places
 from .owners import LOOKUPS, MASKS, Owners, slice_name
 from .products import OPERANDS, PRODUCTS, follow_product
@@ -194,6 +194,10 @@ class Trails:
                     pair[1].run.order))
         if name == 'detach':
             pending, is_trained = _NONE, False
+            root = root or next(self._order)
+        if root is None and name not in MOVES and len(outputs) == 1 and outputs[0].shape == source.shape:
+            self.remember(outputs[0], trail)  # by far the most calls
+            return
         for x in outputs:
             self.remember(x, self._moved(name, args, kwargs, source, trail, x, pending, is_trained, root,
                                          place_of_product))
