@@ -167,6 +167,13 @@ def batches_of(rank, world, how, step=8):
     return parts
 
 
+class Short(DataLoader):
+    """ Says that it has more batches than there are. """
+
+    def __len__(self):
+        return super().__len__() + 2
+
+
 class Watch(Callback):
     """ Counts our collectives and writes, by step. """
 
@@ -279,7 +286,8 @@ def train_together(folder, strategy='ddp', how='even', fault=None, epochs=2, sle
     # Not as many on each, but under FSDP2, which itself would wait for ever.
     validation = [x[replica::replicas] for x in validation] if net.always else validation[rank::world]
     with open(f'{folder}/rank{rank}.txt', 'w') as file, contextlib.redirect_stdout(file):
-        trainer.fit(net, DataLoader(batches_of(replica, replicas, how), batch_size=None),
+        loader = Short if how == 'short' else DataLoader
+        trainer.fit(net, loader(batches_of(replica, replicas, how), batch_size=None),
                     DataLoader(validation, batch_size=None))
     with open(f'{folder}/rank{rank}.json', 'w') as file:
         values = {key: float(x) for key, x in trainer.callback_metrics.items() if 'plasticity' in key}

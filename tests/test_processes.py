@@ -65,6 +65,16 @@ def same(got, expected):
                 key: x if x is None else pytest.approx(x, rel=1e-6) for key, x in expected.items()})
 
 
+def test_an_end_that_no_process_knew(tmp_path):
+    """ Of each epoch, of which all that is left is measured on all of them. """
+    monitor = {'interval': 'epoch', 'source': 'train'}
+    whole = Ran(tmp_path / 'one', 1, how='short', monitor=monitor)
+    ran = Ran(tmp_path / 'two', 2, how='short', monitor=monitor)
+    same(ran.lines, whole.lines)
+    assert {line['metric'] for line in ran.lines} == set(TAGS)
+    assert len({line['step'] for line in ran.lines}) == 2
+
+
 CASES = [('ddp', 2, 'even'), ('ddp', 3, 'even'), ('ddp', 2, 'branch'), ('ddp', 3, 'empty'), ('fsdp2', 2, 'even'),
          ('fsdp2', 3, 'branch')]
 

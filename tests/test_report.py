@@ -737,7 +737,8 @@ def test_names_in_other_scripts(tmp_path, monkeypatch, recwarn, has_font):
     layers = {f'{letter}.fc{i}': float(i) for i, letter in enumerate((known, unknown, 'gr\u00f6\u00dfe'), 1)}
     write_run(tmp_path / f'run{known}', [line('erank', step, 2., layers) for step in (4, 9)])
     runs, _ = load_runs([tmp_path / f'run{known}'])
-    paths = figures.draw_all(make_table(runs), tmp_path)
+    paths, left_out = figures.draw_all(make_table(runs), tmp_path)
+    assert not left_out
     shown = figures._draw_layers(runs[0], 'run', 'erank', 'step').axes[0].get_yticklabels()
     for cached in (glyphs.families, glyphs._letters):
         cached.cache_clear()
