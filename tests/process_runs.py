@@ -380,7 +380,7 @@ def slices(folder, mesh_shape):
                 for function, fields in functions_of(['count', 'abs', 'squares', 'nonfinite', 'gram']).items():
                     stats.update({('weights', field): x for field, x in function(
                         {'x': Weight([param], index=index)}, fields).items()})
-                (total,) = processes.add_up([stats], [layout_of([stats])] * processes.count)
+                (total,), _ = processes.add_up([stats], [layout_of([stats])] * processes.count)
                 found[f'{json.dumps(shape, separators=(",", ":"))} {index} {placements}'] = {
                     field: x['x'].tolist() for (_, field), x in total.items()}
     if processes.rank == 0:

@@ -64,6 +64,8 @@ class Slice:
         [[4, 5], [6, 7]]
     """
 
+    layout = torch.strided
+
     def __init__(self, whole, index):
         self.whole = whole
         self.shape = matrix_of(torch.empty(whole.shape[1:], device='meta')).shape

@@ -55,8 +55,10 @@ class Chunks:
     count = 4
 
     def __init__(self, weights, examples, guard):
-        self._layers = {id(weight): layer for layer, weight in weights.items()}
-        self._shapes = {layer: weight.shape for layer, weight in weights.items()}
+        # Of what the network makes of parameters, or takes a part of, the graph knows no gradient.
+        plain = {layer: weight for layer, weight in weights.items() if isinstance(weight, torch.Tensor)}
+        self._layers = {id(weight): layer for layer, weight in plain.items()}
+        self._shapes = {layer: weight.shape for layer, weight in plain.items()}
         self._examples = examples
         self._guard = guard
         self._handles = []

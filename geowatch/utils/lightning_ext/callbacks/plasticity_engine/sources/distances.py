@@ -39,7 +39,7 @@ class Distances(StepSource):
             if is_new:
                 self._start = {layer: local_part(weight)[0].clone() for layer, weight in weights.items()}
             elif saved:
-                self._start = {layer: saved[layer].to(weight.device) for layer, weight in weights.items()
+                self._start = {layer: saved[layer].to(local_part(weight)[0].device) for layer, weight in weights.items()
                                if layer in saved and layer not in self._sharded}
             if weights and not self._start:
                 self.why_not = 'this run goes on from a checkpoint that does not hold the weights of the start'

@@ -47,7 +47,8 @@ class Turns(Updates):
                 _, steps, skipped = self._last
                 for layer, weight in weights.items():
                     # Of an optimizer that steps more than once in a batch, the first gradient.
-                    if layer in steps and layer not in self._before:
+                    # The step of a weight that is made of parameters is not along their gradient.
+                    if layer in steps and layer not in self._before and not getattr(weight, 'is_made', False):
                         self._compare(layer, weight, steps[layer], skipped[layer], scale)
         super().before_step(weights, scale)
 

@@ -79,6 +79,11 @@ class Weight:
         self.parameter = large[0] if len(large) == 1 else None
 
     @property
+    def is_made(self):
+        """ Whether it is made of parameters, and no part of one (bool). """
+        return self._make is not None
+
+    @property
     def whole(self):
         """ The Parameter whose layout over processes it has. """
         return self.parts[0]
