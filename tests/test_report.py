@@ -730,7 +730,7 @@ def test_names_in_other_scripts(tmp_path, monkeypatch, recwarn, has_font):
     """ Drawn where a font has them, and spelled out where none has: no empty boxes, of which Matplotlib warns. """
     from geowatch.utils.lightning_ext.callbacks.plasticity_report import figures, glyphs
     # In a font that Matplotlib brings, and in none.
-    known, known_spelled, unknown = '\u2312', r'\u2312', '\U000f1234'
+    known, known_spelled, unknown = '\u2312', r'\u2312', '\U00012345'
     monkeypatch.setattr(glyphs, '_FALLBACKS', ('STIXGeneral',) if has_font else ())
     for cached in (glyphs.families, glyphs._letters):
         cached.cache_clear()
@@ -744,4 +744,4 @@ def test_names_in_other_scripts(tmp_path, monkeypatch, recwarn, has_font):
         cached.cache_clear()
     assert len(paths) == 3 and not [str(w.message) for w in recwarn if 'lyph' in str(w.message)]
     assert [text.get_text() for text in shown] == [
-        f'{known if has_font else known_spelled}.fc1', r'\U000f1234.fc2', 'gr\u00f6\u00dfe.fc3']
+        f'{known if has_font else known_spelled}.fc1', r'\U00012345.fc2', 'gr\u00f6\u00dfe.fc3']
