@@ -9,6 +9,7 @@ File                What it knows
 ``trails.py``       which tensor came from which run of which layer
 ``modules.py``      which modules run
 ``capture.py``      the mode that joins them, and sees each call
+``opening.py``      what is switched on meanwhile, and how it goes back
 ``sites.py``        names for where an activation is called
 ``window.py``       a measurement that spans as many batches as it needs
 ==================  ===========================================================

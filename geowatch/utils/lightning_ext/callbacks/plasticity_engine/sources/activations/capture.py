@@ -11,8 +11,8 @@ is one.
 """
 import contextlib
 import functools
-import sys
 import time
+import weakref
 
 import torch
 from torch import nn
@@ -20,18 +20,19 @@ from torch.overrides import TorchFunctionMode
 
 from .axes import default_axis
 from .functions import SATURATED_VALUES, level, saturated_values
-from .modules import FUSED_FUNCTIONS, Modules
+from .modules import FUSED_FUNCTIONS, Hooks, Modules
+from .opening import Opening
 from .sites import Site
 from .trails import Trails, tensors_in
 
 _RETURNED = (torch.Tensor, tuple, list)
 
 
-class Capture(TorchFunctionMode):
+class Capture:
     """
     Reports every activation call inside a ``with`` block.
 
-    Nothing is attached to the model. An activation of weights alone, such as a
+    Nothing is attached to the model. It closes when nobody keeps it, too. An activation of weights alone, such as a
     learned gate, has no samples and is not reported.
 
     Args:
@@ -59,7 +60,6 @@ class Capture(TorchFunctionMode):
     """
 
     def __init__(self, model, observe, on_error=None):
-        super().__init__()
         self._model = model
         self._observe = observe
         self._on_error = on_error
@@ -70,7 +70,8 @@ class Capture(TorchFunctionMode):
         self._suspended = None  # the module that runs without us
         self._at_work = False
         self._broken = False
-        self._exit = contextlib.ExitStack()
+        self._mode = _Mode(self)
+        self._opening = Opening(self._mode, Hooks(_weakly(self._entering), _weakly(self._leaving)))
         # Private names of torch: where one is missing, no capture opens, and nothing else is lost.
         self._graph_task = torch._C._current_graph_task_id
         self._functorch_level = torch._C._functorch.peek_interpreter_stack
@@ -82,22 +83,26 @@ class Capture(TorchFunctionMode):
     def __enter__(self):
         self._modules = Modules(self._model)
         self._trails = Trails(self._modules.named)
-        with contextlib.ExitStack() as exit:
-            exit.enter_context(_eager())
-            exit.enter_context(self._modules.followed(self._entering, self._leaving))
-            super().__enter__()
-            self._exit = exit.pop_all()
+        try:
+            self._opening.open()
+        except Exception:
+            self.close()
+            raise
         return self
 
     def __exit__(self, *exc):
-        try:
-            if self._suspended is None:
-                super().__exit__(*exc)
-        finally:
-            self._suspended = None
-            self._modules.clear()
-            self._trails.clear()
-            self._exit.close()
+        self.close()
+
+    def __del__(self):
+        if hasattr(self, '_opening'):
+            self.close()
+
+    def close(self):
+        """ Leave nothing behind: from any state, and as often as it takes. """
+        self._opening.close()
+        self._suspended, self._broken = None, True
+        for known in filter(None, (self._modules, self._trails)):
+            known.clear()
 
     def _guard(self, function, *args):
         """ An error of ours never reaches the model, and our time is noted. """
@@ -122,8 +127,8 @@ class Capture(TorchFunctionMode):
     def _entering(self, module, args):
         running = self._modules.enter(module)
         if running is not None and running.may_be_fast and self._suspended is None and self._is_fast(module):
-            super().__exit__(None, None, None)
             self._suspended = module
+            self._opening.pop()
 
     def _leaving(self, module, args, *kwargs_and_output):
         for running in self._modules.leave(module):
@@ -131,7 +136,7 @@ class Capture(TorchFunctionMode):
             returned = running.module is module and len(kwargs_and_output) == 2
             if self._suspended is running.module:
                 self._suspended = None
-                super().__enter__()
+                self._opening.push()
                 if returned:
                     self._guard(self._look_apart, running, args, *kwargs_and_output)
             if running.activation and returned:
@@ -139,7 +144,7 @@ class Capture(TorchFunctionMode):
 
     def _is_fast(self, module):
         # Also a frozen part of a network in training.
-        return (not module.training and self._innermost_mode() is self and not (
+        return (not module.training and self._innermost_mode() is self._mode and not (
             torch.is_grad_enabled() and any(param.requires_grad for param in module.parameters())))
 
     def _look_apart(self, running, args, kwargs, output):
@@ -163,12 +168,11 @@ class Capture(TorchFunctionMode):
 
     # --- the functions that are called -------------------------------------
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        output = func(*args, **kwargs) if kwargs else func(*args)
-        # Many calls only ask for a size. Activation checkpointing runs the forward again inside backward.
-        if isinstance(output, _RETURNED) and type(output) is not torch.Size and self._graph_task() == -1:
-            self._guard(self._follow, func, args, kwargs or {}, output)
-        return output
+    def called(self, func, args, kwargs, output):
+        """ Note one call of a torch function, and what it returned. """
+        # Activation checkpointing runs the forward again inside backward.
+        if self._graph_task() == -1:
+            self._guard(self._follow, func, args, kwargs, output)
 
     def _follow(self, func, args, kwargs, output):
         found = [output] if isinstance(output, torch.Tensor) else tensors_in(output)
@@ -220,11 +224,31 @@ class Capture(TorchFunctionMode):
         self.seconds -= time.perf_counter() - start
 
 
-def _eager():
-    """ Compiled code runs as written, where modes and hooks work; nothing is recompiled later. """
-    if 'torch._dynamo' in sys.modules and hasattr(torch.compiler, 'set_stance'):
-        return torch.compiler.set_stance('force_eager')
-    return contextlib.nullcontext()
+class _Mode(TorchFunctionMode):
+    """ Tells a capture of each call. What torch keeps of us does not keep the capture. """
+
+    def __init__(self, capture):
+        super().__init__()
+        self._capture = weakref.ref(capture)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **kwargs) if kwargs else func(*args)
+        # Many calls only ask for a size.
+        if isinstance(output, _RETURNED) and type(output) is not torch.Size and (
+                capture := self._capture()) is not None:
+            capture.called(func, args, kwargs or {}, output)
+        return output
+
+
+def _weakly(method):
+    """ A function that calls a method as long as its object is there. """
+    ref = weakref.WeakMethod(method)
+
+    def call(*args):
+        alive = ref()
+        if alive is not None:
+            alive(*args)
+    return call
 
 
 def _unseen():

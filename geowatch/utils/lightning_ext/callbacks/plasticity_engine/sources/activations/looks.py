@@ -2,10 +2,13 @@
 The look at a run's forward passes: a capture while a batch runs, for all windows that want more.
 """
 import math
+import weakref
 
+from ...say import warn
 from ...statistics.calls import Call
 from ..weights import clean_name
 from .capture import Capture
+from .opening import is_open_elsewhere
 from .window import Window
 
 
@@ -46,6 +49,7 @@ class Looks:
         self._needing = needing
         self._capture = None
         self._looking = []
+        self._refused = False
 
     def open(self, metrics, fields, start=False):
         """
@@ -74,35 +78,44 @@ class Looks:
         looking = [window for window in self.windows if not window.is_full and self._alive(window)]
         if not looking:
             return
-        names = [name for window in looking for name in window.metrics]
-
-        def observe(site, *seen):
-            if self._wants(site.layer) or self._wants(site.module):
-                call = Call(site, *seen)
-                for window in looking:
-                    if self._alive(window):
-                        with self._faults.spending(window.metrics):
-                            window.add(call)
-
-        with self._faults.guard(names):
+        if is_open_elsewhere():
+            if not self._refused:
+                self._refused = True
+                warn('another run in a thread of this process is being looked at; batches of this one that run '
+                     'meanwhile are not')
+            return
+        with self._faults.guard(_names(looking)):
             for window in looking:
                 window.begin_batch(batch, left)
-            capture = Capture(model, observe, on_error=lambda ex: self._faults.fail(names))
-            capture.__enter__()
-            self._capture, self._looking = capture, looking
+            # Known before it is opened, so that an interrupt finds it.
+            own = weakref.ref(self)
+            self._looking = looking
+            self._capture = Capture(model, lambda *seen: own()._observe(*seen), lambda ex: own()._fail())
+            self._capture.__enter__()
+
+    def _observe(self, site, *seen):
+        if self._wants(site.layer) or self._wants(site.module):
+            call = Call(site, *seen)
+            for window in self._looking:
+                if self._alive(window):
+                    with self._faults.spending(window.metrics):
+                        window.add(call)
+
+    def _fail(self):
+        self._faults.fail(_names(self._looking))
 
     def look_away(self):
         """ Stop watching, and leave nothing behind. """
         if self._capture is None:
             return
-        capture, self._capture = self._capture, None
-        capture.__exit__(None, None, None)
-        names = [name for window in self._looking for name in window.metrics]
-        self._faults.spent(names, capture.seconds)
-        with self._faults.guard(names):
-            for window in self._looking:
+        capture = self._capture
+        capture.close()
+        self._capture = None
+        looking, self._looking = self._looking, []
+        self._faults.spent(_names(looking), capture.seconds)
+        with self._faults.guard(_names(looking)):
+            for window in looking:
                 window.end_batch()
-        self._looking = []
 
     def next_batch(self):
         """ Note that a batch went by, seen or not. """
@@ -133,6 +146,10 @@ class Looks:
 
     def _alive(self, window):
         return any(name not in self._faults.failed for name in window.metrics)
+
+
+def _names(windows):
+    return [name for window in windows for name in window.metrics]
 
 
 def layer_paths(model):
