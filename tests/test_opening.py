@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from geowatch.utils.lightning_ext.callbacks.plasticity import PlasticityMonitor
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.faults import Faults
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine.lightning import choose_source
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations import (
     capture,
     looks,
@@ -152,6 +153,33 @@ def test_an_end_that_we_are_not_told_of(tmp_path, how):
         monitor._fit = None
         gc.collect()
     assert not left_behind() and eval_frame._stance.stance == 'default'
+
+
+class Decorated(Net):
+    """ One method of it is compiled. """
+
+    @torch.compile(backend='eager')
+    def loss(self, batch):
+        return super().loss(batch)
+
+
+class Assigned(Net):
+    def __init__(self):
+        super().__init__()
+        self.squared = torch.compile(torch.square, backend='eager')
+
+
+class Disabled(Net):
+    @torch.compiler.disable
+    def loss(self, batch):
+        return super().loss(batch)
+
+
+@pytest.mark.parametrize('cls, compiled', [(Decorated, True), (Assigned, True), (Disabled, False), (Net, False)])
+def test_methods_that_are_compiled(cls, compiled):
+    """ Without validation such a model is not looked at unasked, since it would run uncompiled for that. """
+    source, reason = choose_source('auto', False, make_net(cls))
+    assert (source, reason is None) == ((None, False) if compiled else ('train', True))
 
 
 # --- interrupted anywhere ---------------------------------------------------------

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from .dashboard import Dashboard, is_tensorboard
-from .lightning import show_in_progress_bar
+from .lightning import show_in_progress_bar, show_to_callbacks
 from .room import Patient, Room
 from .say import say, warn
 
@@ -295,7 +295,7 @@ class Sinks:
 
     def show(self):
         """ Put what was measured last where other callbacks look. """
-        self._trainer.callback_metrics.update(self.watched)
+        show_to_callbacks(self._trainer, self.watched)
 
     def drop(self, is_stale):
         """ Leave out lines of the file, see :meth:`JsonLines.drop`. """
