@@ -182,6 +182,34 @@ def test_methods_that_are_compiled(cls, compiled):
     assert (source, reason is None) == ((None, False) if compiled else ('train', True))
 
 
+class Inferred(Net):
+    """ Looks ahead without gradients, before its forward pass. """
+
+    def training_step(self, batch, batch_idx):
+        with torch.inference_mode():
+            self(batch)
+        return super().training_step(batch, batch_idx)
+
+
+class Faked(Net):
+    """ Runs once with tensors that have no numbers. """
+
+    def training_step(self, batch, batch_idx):
+        from torch._subclasses.fake_tensor import FakeTensorMode
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            torch.relu(mode.from_tensor(batch))
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize('cls', [Inferred, Faked])
+def test_calls_that_are_not_like_the_others(tmp_path, cls, capsys):
+    monitor = PlasticityMonitor('dead_units@1,sign_entropy@1,feature_erank@1,weight_mag@1', source='train')
+    _, trainer, lines, _ = fit(tmp_path, monitor, make_net(cls), max_epochs=1)
+    assert trainer.global_step == 5 and 'Traceback' not in capsys.readouterr().out
+    for tag in ('dead_units', 'feature_erank', 'sign_entropy', 'weight_mag'):
+        assert lines_of(lines, tag) and lines_of(lines, tag)[-1]['value'] is not None
+
+
 # --- interrupted anywhere ---------------------------------------------------------
 
 def interrupted(function, nth):

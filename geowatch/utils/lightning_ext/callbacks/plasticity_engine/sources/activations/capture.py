@@ -215,7 +215,7 @@ class Capture:
             site = self._sites[key] = Site(*key, is_module=running is not None and running.is_leaf)
         device, start = output.device.type, time.perf_counter()
         observed = site, output.detach(), axis, saturated_values(name, args, kwargs), level(name, args, kwargs)
-        with torch.no_grad(), _unseen():
+        with _unseen(), torch.no_grad():
             if torch.is_autocast_enabled(device):
                 with torch.autocast(device, enabled=False):
                     self._observe(*observed)
@@ -253,15 +253,28 @@ def _weakly(method):
 
 def _unseen():
     """ What we call is none of the user's: selective checkpointing would replay its results as the model's. """
-    if not torch._C._len_torch_dispatch_stack():
-        return contextlib.nullcontext()
-    from torch.utils._python_dispatch import _disable_current_modes
-    return _disable_current_modes()
+    contexts = contextlib.ExitStack()
+    if torch._C._len_torch_dispatch_stack():
+        from torch.utils._python_dispatch import _disable_current_modes
+        contexts.enter_context(_disable_current_modes())
+    if torch.is_inference_mode_enabled():
+        # What adds up in one look has to take calls from inside and from outside of it.
+        contexts.enter_context(torch.inference_mode(False))
+    return contexts
 
 
 def _can_be_read(tensor):
     return (tensor.ndim > 0 and tensor.layout is torch.strided and tensor.is_floating_point()
-            and not tensor.is_meta and not tensor.is_nested)
+            and not tensor.is_meta and not tensor.is_nested and not _is_wrapper(tensor))
+
+
+def _is_wrapper(tensor):
+    """ Whether it has no numbers of its own: a fake one, while a model is exported, or one that holds others. """
+    if type(tensor) in (torch.Tensor, torch.nn.Parameter):
+        return False
+    from torch._subclasses.fake_tensor import FakeTensor
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+    return isinstance(tensor, FakeTensor) or is_traceable_wrapper_subclass(tensor)
 
 
 @functools.lru_cache(maxsize=1024)
