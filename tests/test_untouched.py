@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from common import ACTIVATIONS, NOISE, Net, make_data, read_lines
+from common import ACTIVATIONS, NOISE, Net, fit, make_data, make_net, read_lines
 from pytorch_lightning.callbacks import Callback, StochasticWeightAveraging
 from torch import nn
 from torch.overrides import _get_current_function_mode
@@ -384,3 +384,33 @@ def test_geowatch_model(tmp_path):
             # Its items are taken one by one.
             assert {line['metric'] for line in read_lines(trainer)} == set(METRICS) - set(NOISE)
             copy.deepcopy(trainer.lightning_module)
+
+
+class EndsEarly(Net):
+    """ Ends its epochs early, and adds to a metric of its own in the hook that comes after ours. """
+
+    def __init__(self):
+        super().__init__()
+        from torchmetrics import MeanMetric
+        self.mean, self.means = MeanMetric(), []
+
+    def training_step(self, batch, batch_idx):
+        self.mean.update(float(batch_idx))
+        self.log('mean', self.mean, on_step=False, on_epoch=True)
+        return super().training_step(batch, batch_idx)
+
+    def on_train_batch_start(self, batch, batch_idx):
+        return -1 if batch_idx == 3 else None
+
+    def on_train_epoch_end(self):
+        self.mean.update(1000.)
+        self.means.append(float(self.mean.compute()))
+
+
+@pytest.mark.parametrize('monitored', [True, False])
+def test_an_epoch_that_ends_early_leaves_the_metrics_of_the_model_alone(tmp_path, monitored):
+    monitor = PlasticityMonitor('dead_units', source='train') if monitored else pl.Callback()
+    net, trainer, lines, _ = fit(tmp_path, monitor, make_net(EndsEarly), max_epochs=1)
+    assert net.means == [pytest.approx((0 + 1 + 2 + 1000) / 4)]
+    assert float(trainer.callback_metrics['mean']) == pytest.approx((0 + 1 + 2 + 1000) / 4)
+    assert bool(lines) == monitored

@@ -149,6 +149,7 @@ class PlasticityMonitor(*_BASES):
 
     def setup(self, trainer, pl_module, stage):
         from kwutil import util_environ
+        self._hand_over(Fit.interrupt)  # of a run that ended where none of our hooks was called
         if stage == 'fit':
             is_off = util_environ.envflag('DISABLE_PLASTICITY_MONITOR')
             self._fit = None

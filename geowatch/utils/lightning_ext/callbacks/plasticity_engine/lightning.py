@@ -5,6 +5,7 @@ The one file that knows the attributes of Lightning that its callbacks have no
 other way to learn.
 """
 import math
+import types
 from typing import NamedTuple
 
 import torch
@@ -216,7 +217,29 @@ def choose_source(source, validates, pl_module):
 def _is_compiled(pl_module):
     return getattr(pl_module, '_compiler_ctx', None) is not None or any(
         hasattr(module, '_orig_mod') or getattr(module, '_compiled_call_impl', None) is not None
-        for module in pl_module.modules())
+        or has_compiled_methods(module) for module in pl_module.modules())
+
+
+def has_compiled_methods(module) -> bool:
+    """
+    Whether a method or an attribute of a module is what ``torch.compile`` returns.
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.lightning import has_compiled_methods
+        >>> import torch
+        >>> class Net(torch.nn.Module):
+        >>>     @torch.compile
+        >>>     def features(self, x):
+        >>>         return x.relu()
+        >>> has_compiled_methods(Net()), has_compiled_methods(torch.nn.ReLU())
+        (True, False)
+    """
+    own = [value for cls in type(module).__mro__ if not cls.__module__.startswith('torch.')
+           for value in vars(cls).values()]
+    # Of a method the function, and of a static one what is in it.
+    found = [getattr(getattr(value, '__func__', value), '__dict__', {}) for value in (*own, *vars(module).values())
+             if isinstance(value, (types.FunctionType, types.MethodType, staticmethod, classmethod))]
+    return any('_torchdynamo_orig_callable' in names and not names.get('_torchdynamo_disable') for names in found)
 
 
 class _InBar(float):
@@ -224,6 +247,12 @@ class _InBar(float):
 
     def __format__(self, spec):
         return format(float(self), '.3g')
+
+
+def show_to_callbacks(trainer, values):
+    """ Put values where other callbacks look. """
+    # The public property computes what the model has logged, in the middle of an epoch, and keeps it.
+    trainer._logger_connector._callback_metrics.update(values)
 
 
 def show_in_progress_bar(trainer, values):

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from .dashboard import Dashboard, is_tensorboard
-from .lightning import show_in_progress_bar
+from .lightning import show_in_progress_bar, show_to_callbacks
 from .room import Patient, Room
 from .say import say, warn
 
@@ -332,7 +332,7 @@ class Sinks:
 
     def show(self):
         """ Put what was measured last where other callbacks look. """
-        self._trainer.callback_metrics.update(self.watched)
+        show_to_callbacks(self._trainer, self.watched)
 
     def drop(self, is_stale):
         """ Leave out lines of this run from the file, see :meth:`JsonLines.drop`. """

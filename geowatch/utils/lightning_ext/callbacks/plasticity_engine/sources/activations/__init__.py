@@ -14,6 +14,7 @@ File                What it knows
 ``modules.py``      which modules run
 ``experts.py``      modules that might have run
 ``capture.py``      the mode that joins them, and sees each call
+``opening.py``      what is switched on meanwhile, and how it goes back
 ``examples.py``     how many examples a batch has
 ``sites.py``        names for where an activation is called
 ``window.py``       a measurement that spans as many batches as it needs

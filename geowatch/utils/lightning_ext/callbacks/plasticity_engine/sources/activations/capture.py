@@ -14,8 +14,8 @@ takes in what came of them; until then the observer's numbers are provisional.
 """
 import contextlib
 import functools
-import sys
 import time
+import weakref
 
 import torch
 from torch import nn
@@ -23,7 +23,8 @@ from torch.overrides import TorchFunctionMode
 
 from .axes import Part, default_axis, each_apart, units_in, units_last
 from .functions import OUTPUTS, SATURATED_VALUES, level, saturated_values
-from .modules import FUSED_FUNCTIONS, Modules
+from .modules import FUSED_FUNCTIONS, Hooks, Modules
+from .opening import Opening
 from .sites import Site
 from .trails import Trails, tensors_in
 from .written import CASTS, COMPARISONS, GATES, WRITTEN, as_written
@@ -33,11 +34,11 @@ _SET_ITEM = torch.Tensor.__setitem__
 _PLAIN = frozenset((torch.Tensor, nn.Parameter))
 
 
-class Capture(TorchFunctionMode):
+class Capture:
     """
     Reports every activation call inside a ``with`` block.
 
-    Nothing is attached to the model. An activation of weights alone, such as a
+    Nothing is attached to the model. It closes when nobody keeps it, too. An activation of weights alone, such as a
     learned gate, has no samples and is not reported.
 
     Args:
@@ -59,7 +60,7 @@ class Capture(TorchFunctionMode):
         hidden (Set[Site]): sites that are hidden layers, as seen so far
         parts (Set[Site]): sites that are only part of an activation that is
             written out, as the sigmoid of ``x * sigmoid(x)``
-        called (Dict[Site, Tuple[float, ...]]): all sites, observed or not, and
+        values (Dict[Site, Tuple[float, ...]]): all sites, observed or not, and
             the values at which their units are dead
         empty (Dict[Site, Tuple[float, ...]]): those that were called without a sample
         ran (Set[str]): paths of modules that ran
@@ -79,7 +80,6 @@ class Capture(TorchFunctionMode):
 
     def __init__(self, model, observe, on_error=None, is_trained=None, everything=True,
                  names=lambda path: False, parts=None):
-        super().__init__()
         self._model = model
         self._observe = observe
         self._on_error = on_error
@@ -88,7 +88,7 @@ class Capture(TorchFunctionMode):
         self._names = names
         self.parts = set() if parts is None else parts
         self.hidden = set()
-        self.called = {}
+        self.values = {}
         self.empty = {}
         self.ran = set()
         self.unseen = {}
@@ -98,7 +98,8 @@ class Capture(TorchFunctionMode):
         self._suspended = None  # the module that runs without us
         self._at_work = False
         self._broken = False
-        self._exit = contextlib.ExitStack()
+        self._mode = _Mode(self)
+        self._opening = Opening(self._mode, Hooks(_weakly(self._entering), _weakly(self._leaving)))
         # Private names of torch: where one is missing, no capture opens, and nothing else is lost.
         self._graph_task = torch._C._current_graph_task_id
         self._functorch_level = torch._C._functorch.peek_interpreter_stack
@@ -111,23 +112,28 @@ class Capture(TorchFunctionMode):
         self._modules = Modules(self._model)
         self._trails = Trails(self._modules.named, self._is_trained)
         self.hidden = self._trails.confirmed
-        with contextlib.ExitStack() as exit:
-            exit.enter_context(_eager())
-            exit.enter_context(self._modules.followed(self._entering, self._leaving))
-            super().__enter__()
-            self._exit = exit.pop_all()
+        try:
+            self._opening.open()
+        except Exception:
+            self.close()
+            raise
         return self
 
     def __exit__(self, *exc):
-        try:
-            if self._suspended is None:
-                super().__exit__(*exc)
-        finally:
-            self._suspended = None
-            self.ran = self._modules.ran()
-            self._modules.clear()
-            self._trails.clear()
-            self._exit.close()
+        self.close()
+
+    def __del__(self):
+        if hasattr(self, '_opening'):
+            self.close()
+
+    def close(self):
+        """ Leave nothing behind: from any state, and as often as it takes. """
+        self._opening.close()
+        self._suspended, self._broken = None, True
+        if self._modules is not None:
+            self.ran |= self._modules.ran()
+        for known in filter(None, (self._modules, self._trails)):
+            known.clear()
 
     def _guard(self, function, *args):
         """ An error of ours never reaches the model, and our time is noted. """
@@ -152,8 +158,8 @@ class Capture(TorchFunctionMode):
     def _entering(self, module, args):
         running = self._modules.enter(module)
         if running is not None and running.may_be_fast and self._suspended is None and self._is_fast(module):
-            super().__exit__(None, None, None)
             self._suspended = module
+            self._opening.pop()
 
     def _leaving(self, module, args, *kwargs_and_output):
         for running in self._modules.leave(module):
@@ -161,7 +167,7 @@ class Capture(TorchFunctionMode):
             returned = running.module is module and len(kwargs_and_output) == 2
             if self._suspended is running.module:
                 self._suspended = None
-                super().__enter__()
+                self._opening.push()
                 if returned:
                     self._guard(self._look_apart, running, args, *kwargs_and_output)
             if running.is_opaque and returned:
@@ -171,7 +177,7 @@ class Capture(TorchFunctionMode):
 
     def _is_fast(self, module):
         # Also a frozen part of a network in training.
-        return (not module.training and self._innermost_mode() is self and not (
+        return (not module.training and self._innermost_mode() is self._mode and not (
             torch.is_grad_enabled() and any(param.requires_grad for param in module.parameters())))
 
     def _look_apart(self, running, args, kwargs, output):
@@ -202,21 +208,11 @@ class Capture(TorchFunctionMode):
 
     # --- the functions that are called -------------------------------------
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        output = func(*args, **kwargs) if kwargs else func(*args)
-        # Many calls only ask for a size. Activation checkpointing runs the forward again inside backward.
-        if isinstance(output, _RETURNED) and type(output) is not torch.Size and self._graph_task() == -1:
-            returned = output
-        elif output is None and func is _SET_ITEM and self._graph_task() == -1:
-            returned = args[0]
-        else:
-            return output
-        if _PLAIN.issuperset(types):
-            self._guard(self._follow, func, args, kwargs or {}, returned)
-        else:  # of a subclass of tensors, what we ask would be calls of its own
-            with torch._C.DisableTorchFunctionSubclass():
-                self._guard(self._follow, func, args, kwargs or {}, returned)
-        return output
+    def called(self, func, args, kwargs, output):
+        """ Note one call of a torch function, and what it returned. """
+        # Activation checkpointing runs the forward again inside backward.
+        if self._graph_task() == -1:
+            self._guard(self._follow, func, args, kwargs, output)
 
     def _follow(self, func, args, kwargs, output):
         found = [output] if isinstance(output, torch.Tensor) else tensors_in(output)
@@ -271,22 +267,23 @@ class Capture(TorchFunctionMode):
             self.unseen[path] = f'{name} of what has no axis of units, as the scores of attention'
             self._trails.activate(output, name, (), parts)
             return
-        pieces = [(layer, output.detach().as_subclass(torch.Tensor), place)]
-        if matrices:  # each expert of a mixture is a layer of its own
-            pieces = [(f'{layer}.{i}', one, (Part(one.ndim - 1, one.shape[-1]),))
-                      for i, one in enumerate(each_apart(pieces[0][1], place, matrices, trail.labels))]
-        sites = tuple(self._site(path, name, own_layer, nth, units_in(own)) for own_layer, _, own in pieces)
-        self._trails.activate(output, name, sites, parts)
-        self.called.update(dict.fromkeys(sites, values))
-        is_named = self._names(path)
-        if is_named or self._may_be_last(name, trail, is_hinge):
-            self.hidden.update(sites)
-        if is_named or self._everything or (trail is not None and trail.is_trained):
-            for site, (_, one, own) in zip(sites, pieces, strict=True):
-                if not one.numel():
-                    self.empty[site] = values
-                elif site not in self.parts:
-                    self._look(site, *units_last(one, own), values, above)
+        with _unseen(), torch.no_grad():
+            pieces = [(layer, output.detach().as_subclass(torch.Tensor), place)]
+            if matrices:  # each expert of a mixture is a layer of its own
+                pieces = [(f'{layer}.{i}', one, (Part(one.ndim - 1, one.shape[-1]),))
+                          for i, one in enumerate(each_apart(pieces[0][1], place, matrices, trail.labels))]
+            sites = tuple(self._site(path, name, own_layer, nth, units_in(own)) for own_layer, _, own in pieces)
+            self._trails.activate(output, name, sites, parts)
+            self.values.update(dict.fromkeys(sites, values))
+            is_named = self._names(path)
+            if is_named or self._may_be_last(name, trail, is_hinge):
+                self.hidden.update(sites)
+            if is_named or self._everything or (trail is not None and trail.is_trained):
+                for site, (_, one, own) in zip(sites, pieces, strict=True):
+                    if not one.numel():
+                        self.empty[site] = values
+                    elif site not in self.parts:
+                        self._look(site, *units_last(one, own), values, above)
 
     def _may_be_last(self, name, trail, is_hinge):
         """ Whether it counts also if no layer follows, as the last activation of a network that makes features. """
@@ -304,33 +301,74 @@ class Capture(TorchFunctionMode):
     def _look(self, site, *seen):
         """ Hand one output to the observer. """
         device, start = seen[0].device.type, time.perf_counter()
-        with torch.no_grad(), _unseen():
-            if torch.is_autocast_enabled(device):
-                with torch.autocast(device, enabled=False):
-                    self._observe(site, *seen)
-            else:
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
                 self._observe(site, *seen)
+        else:
+            self._observe(site, *seen)
         self.seconds -= time.perf_counter() - start
 
 
-def _eager():
-    """ Compiled code runs as written, where modes and hooks work; nothing is recompiled later. """
-    if 'torch._dynamo' in sys.modules and hasattr(torch.compiler, 'set_stance'):
-        return torch.compiler.set_stance('force_eager')
-    return contextlib.nullcontext()
+class _Mode(TorchFunctionMode):
+    """ Tells a capture of each call. What torch keeps of us does not keep the capture. """
+
+    def __init__(self, capture):
+        super().__init__()
+        self._capture = weakref.ref(capture)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **kwargs) if kwargs else func(*args)
+        # Many calls only ask for a size.
+        if isinstance(output, _RETURNED) and type(output) is not torch.Size:
+            returned = output
+        elif output is None and func is _SET_ITEM:
+            returned = args[0]
+        else:
+            return output
+        if (capture := self._capture()) is not None:
+            if _PLAIN.issuperset(types):
+                capture.called(func, args, kwargs or {}, returned)
+            else:  # of a subclass of tensors, what we ask would be calls of its own
+                with torch._C.DisableTorchFunctionSubclass():
+                    capture.called(func, args, kwargs or {}, returned)
+        return output
+
+
+def _weakly(method):
+    """ A function that calls a method as long as its object is there. """
+    ref = weakref.WeakMethod(method)
+
+    def call(*args):
+        alive = ref()
+        if alive is not None:
+            alive(*args)
+    return call
 
 
 def _unseen():
     """ What we call is none of the user's: selective checkpointing would replay its results as the model's. """
-    if not torch._C._len_torch_dispatch_stack():
-        return contextlib.nullcontext()
-    from torch.utils._python_dispatch import _disable_current_modes
-    return _disable_current_modes()
+    contexts = contextlib.ExitStack()
+    if torch._C._len_torch_dispatch_stack():
+        from torch.utils._python_dispatch import _disable_current_modes
+        contexts.enter_context(_disable_current_modes())
+    if torch.is_inference_mode_enabled():
+        # What adds up in one look has to take calls from inside and from outside of it.
+        contexts.enter_context(torch.inference_mode(False))
+    return contexts
 
 
 def _can_be_read(tensor):
     return (tensor.ndim > 0 and tensor.layout is torch.strided and tensor.is_floating_point()
-            and not tensor.is_meta and not tensor.is_nested)
+            and not tensor.is_meta and not tensor.is_nested and not _is_wrapper(tensor))
+
+
+def _is_wrapper(tensor):
+    """ Whether it has no numbers of its own: a fake one, while a model is exported, or one that holds others. """
+    if type(tensor) in (torch.Tensor, torch.nn.Parameter):
+        return False
+    from torch._subclasses.fake_tensor import FakeTensor
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+    return isinstance(tensor, FakeTensor) or is_traceable_wrapper_subclass(tensor)
 
 
 @functools.lru_cache(maxsize=1024)

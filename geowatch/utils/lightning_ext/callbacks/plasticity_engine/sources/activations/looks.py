@@ -2,11 +2,14 @@
 The look at a run's forward passes: a capture while a batch runs, for all windows that want more.
 """
 import math
+import weakref
 
+from ...say import warn
 from ...statistics.calls import Call
 from ..weights import clean_name
 from .capture import Capture
 from .experts import alike, of_idle_siblings
+from .opening import is_open_elsewhere
 from .window import Window
 
 
@@ -56,6 +59,7 @@ class Looks:
         self._alike = []       # modules that are built alike
         self._capture = None
         self._looking = []
+        self._refused = False
 
     def open(self, metrics, fields, start=False):
         """
@@ -86,37 +90,46 @@ class Looks:
         looking = [window for window in self.windows if not window.is_full and self._alive(window)]
         if not looking:
             return
-        names = [name for window in looking for name in window.metrics]
-
-        def observe(site, *seen):
-            if self._wants(site.layer) or self._wants(site.module):
-                call = Call(site, *seen)
-                for window in looking:
-                    if self._alive(window):
-                        with self._faults.spending(window.metrics):
-                            window.add(call)
-
-        with self._faults.guard(names):
+        if is_open_elsewhere():
+            if not self._refused:
+                self._refused = True
+                warn('another run in a thread of this process is being looked at; batches of this one that run '
+                     'meanwhile are not')
+            return
+        with self._faults.guard(_names(looking)):
             for window in looking:
                 window.begin_batch(batch, left)
-            capture = Capture(model, observe, lambda ex: self._faults.fail(names), is_trained, everything=False,
-                              names=self._names, parts=self._parts)
-            capture.__enter__()
-            self._capture, self._looking, self._alike = capture, looking, alike(model)
+            # Known before it is opened, so that an interrupt finds it.
+            own = weakref.ref(self)
+            self._looking, self._alike = looking, alike(model)
+            self._capture = Capture(model, lambda *seen: own()._observe(*seen), lambda ex: own()._fail(), is_trained,
+                                    everything=False, names=self._names, parts=self._parts)
+            self._capture.__enter__()
+
+    def _observe(self, site, *seen):
+        if self._wants(site.layer) or self._wants(site.module):
+            call = Call(site, *seen)
+            for window in self._looking:
+                if self._alive(window):
+                    with self._faults.spending(window.metrics):
+                        window.add(call)
+
+    def _fail(self):
+        self._faults.fail(_names(self._looking))
 
     def look_away(self):
         """ Stop watching, and leave nothing behind. """
         if self._capture is None:
             return
-        capture, self._capture = self._capture, None
-        capture.__exit__(None, None, None)
-        names = [name for window in self._looking for name in window.metrics]
-        self._faults.spent(names, capture.seconds)
-        with self._faults.guard(names):
-            for window in self._looking:
+        capture = self._capture
+        capture.close()
+        self._capture = None
+        looking, self._looking = self._looking, []
+        self._faults.spent(_names(looking), capture.seconds)
+        with self._faults.guard(_names(looking)):
+            for window in looking:
                 self._judge(window, capture)
                 window.end_batch()
-        self._looking = []
 
     def _judge(self, window, capture):
         """ Which of the sites that were seen are hidden layers, as far as this batch tells. """
@@ -129,7 +142,7 @@ class Looks:
         self.unseen.update({site.module: f'{site.function} of a changing number of units'
                             for site in window.apart & window.hidden - capture.parts})
         self._hidden |= window.hidden - window.apart
-        self._called |= capture.called
+        self._called |= capture.values
 
     def why_nothing(self):
         """ What there was to see (str), for a metric of activations that was never measured. """
@@ -172,6 +185,10 @@ class Looks:
 
     def _alive(self, window):
         return any(name not in self._faults.failed for name in window.metrics)
+
+
+def _names(windows):
+    return [name for window in windows for name in window.metrics]
 
 
 def layer_paths(model):

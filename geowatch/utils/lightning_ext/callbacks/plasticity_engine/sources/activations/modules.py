@@ -3,7 +3,6 @@ Which modules of a model run.
 
 Two global hooks of torch follow them, so that nothing is attached to the model.
 """
-import contextlib
 from typing import NamedTuple
 
 import torch
@@ -20,6 +19,46 @@ FUSED_FUNCTIONS = {'lstm', 'gru', 'rnn_tanh', 'rnn_relu', 'lstm_cell', 'gru_cell
                    'rnn_relu_cell', 'scaled_dot_product_attention', 'multi_head_attention_forward'}
 # In eval they may take a fast path, which any mode or hook would switch off.
 _FAST_PATHS = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
+
+
+class Hooks:
+    """
+    Two functions that are called whenever any module runs, with the arguments of torch's global hooks.
+
+    Args:
+        entering (Callable):
+        leaving (Callable): also after an exception
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.modules import Hooks
+        >>> import torch
+        >>> seen = []
+        >>> hooks = Hooks(lambda module, args: seen.append('in'), lambda module, *args: seen.append('out'))
+        >>> hooks.attach()
+        >>> _ = torch.nn.Linear(2, 2)(torch.ones(1, 2))
+        >>> hooks.detach()
+        >>> _ = torch.nn.Linear(2, 2)(torch.ones(1, 2))
+        >>> seen
+        ['in', 'out']
+    """
+
+    def __init__(self, entering, leaving):
+        self._entering = entering
+        self._leaving = leaving
+
+    def attach(self):
+        """ Call them from now on. """
+        register_module_forward_pre_hook(self._entering)
+        register_module_forward_hook(self._leaving, with_kwargs=True, always_call=True)
+
+    def detach(self):
+        """ Call them no more. By what is registered: a handle is lost if an interrupt comes before it is kept. """
+        found = {key for table in (torch_module._global_forward_pre_hooks, torch_module._global_forward_hooks)
+                 for key, hook in list(table.items()) if hook in (self._entering, self._leaving)}
+        for name in ('_global_forward_pre_hooks', '_global_forward_hooks', '_global_forward_hooks_always_called',
+                     '_global_forward_hooks_with_kwargs'):
+            for key in found:
+                getattr(torch_module, name, {}).pop(key, None)
 
 
 class Running(NamedTuple):
@@ -63,12 +102,9 @@ class Modules:
         >>> import torch
         >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Sequential(torch.nn.ReLU()))
         >>> modules, paths = Modules(model), []
-        >>> def entering(module, args):
+        >>> for module in model.modules():
         >>>     paths.append(modules.enter(module).path)
-        >>> def leaving(module, args, *kwargs_and_output):
-        >>>     list(modules.leave(module))
-        >>> with modules.followed(entering, leaving):
-        >>>     _ = model(torch.ones(1, 2))
+        >>> _ = list(modules.leave(model))
         >>> paths, modules.path
         (['', '0', '1', '1.0'], '')
     """
@@ -84,23 +120,6 @@ class Modules:
         # id to Running, of those that have run; with the path of the caller where it is in several places
         self._known = {}
         self._stack = []
-
-    @contextlib.contextmanager
-    def followed(self, entering, leaving):
-        """
-        Call two functions whenever any module runs, with the arguments of torch's global hooks.
-
-        Args:
-            entering (Callable):
-            leaving (Callable):
-        """
-        with contextlib.ExitStack() as exit:
-            exit.callback(register_module_forward_pre_hook(entering).remove)
-            handle = register_module_forward_hook(leaving, with_kwargs=True, always_call=True)
-            # Of a hook with kwargs, torch leaves an entry behind.
-            exit.callback(getattr(torch_module, '_global_forward_hooks_with_kwargs', {}).pop, handle.id, None)
-            exit.callback(handle.remove)
-            yield
 
     def holds(self, layer):
         """

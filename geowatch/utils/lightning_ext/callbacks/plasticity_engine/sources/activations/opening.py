@@ -1,0 +1,114 @@
+"""
+What a capture switches on in the process, and how all of it goes back.
+
+A capture is open over several hooks of Lightning, between which the user's
+modes and stances may come and go in any order. So nothing here counts on being
+the last one in: a mode of ours lies below the user's, a stance of ours turns
+into the one that was there. Going back starts from whatever is on, so that it
+can be interrupted anywhere and done again.
+"""
+import sys
+import threading
+
+import torch
+
+_open = {}  # id of an Opening to its thread
+
+
+class Opening:
+    """
+    A mode, two hooks of all modules, and code that runs as it is written.
+
+    Args:
+        mode (TorchFunctionMode):
+        hooks (object): with ``attach()`` and ``detach()``, see :class:`.modules.Hooks`
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.opening import Opening
+        >>> import types
+        >>> from torch.overrides import TorchFunctionMode, _get_current_function_mode
+        >>> hooks = types.SimpleNamespace(attach=lambda: None, detach=lambda: None)
+        >>> ours, theirs = TorchFunctionMode(), TorchFunctionMode()
+        >>> opening = Opening(ours, hooks)
+        >>> opening.open()
+        >>> with theirs:  # which is entered last and left first
+        >>>     opening.close()
+        >>>     assert _get_current_function_mode() is theirs
+        >>> assert _get_current_function_mode() is None
+    """
+
+    def __init__(self, mode, hooks):
+        self._mode = mode
+        self._hooks = hooks
+        self._stance = self._stance_before = None
+        self._wanted = None  # the stack of modes, while it is built anew
+
+    def open(self):
+        """ Switch on; after an error, close() undoes what there is. """
+        _open[id(self)] = threading.get_ident()
+        # Compiled code runs as written, where modes and hooks work; nothing is recompiled later.
+        if 'torch._dynamo' in sys.modules and hasattr(torch.compiler, 'set_stance'):
+            from torch._dynamo import eval_frame
+            self._stance_before, self._stance = eval_frame._stance, eval_frame.DynamoStance('force_eager')
+            eval_frame._set_stance(self._stance)
+        self._hooks.attach()
+        self.push()
+
+    def push(self):
+        """ Put the mode below those of the user, but for the one of the device, whose place is the lowest. """
+        from torch.utils._device import DeviceContext
+        stack = _stack()
+        place = sum(isinstance(mode, DeviceContext) for mode in stack)
+        self._build([*stack[:place], self._mode, *stack[place:]])
+
+    def pop(self):
+        """ Take the mode out of the stack, wherever it is. """
+        stack = _stack() if self._wanted is None else self._wanted
+        if self._wanted is not None or any(mode is self._mode for mode in stack):
+            self._build([mode for mode in stack if mode is not self._mode])
+
+    def close(self):
+        """ Switch off whatever is on. """
+        self.pop()
+        self._hooks.detach()
+        if self._stance is not None:
+            from torch._dynamo import eval_frame
+            # Whoever will restore ours, since it was on when theirs came, restores what was there before.
+            for name, value in vars(self._stance_before).items():
+                object.__setattr__(self._stance, name, value)
+            if eval_frame._stance is self._stance:
+                eval_frame._set_stance(self._stance_before)
+            self._stance = None
+        _open.pop(id(self), None)
+
+    def _build(self, wanted):
+        stack, self._wanted = _stack(), wanted
+        kept = 0
+        while kept < min(len(stack), len(wanted)) and stack[kept] is wanted[kept]:
+            kept += 1
+        for _ in range(len(stack) - kept):
+            torch.overrides._pop_mode()
+        for mode in wanted[kept:]:
+            torch.overrides._push_mode(mode)
+        self._wanted = None
+
+
+def _stack():
+    """ The modes of this thread, the lowest first. """
+    return [torch._C._get_function_stack_at(i) for i in range(torch._C._len_torch_function_stack())]
+
+
+def is_open_elsewhere() -> bool:
+    """
+    Whether another thread has one open: hooks and stances are those of the whole process.
+
+    Returns:
+        bool:
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.opening import (
+        >>>     is_open_elsewhere)
+        >>> is_open_elsewhere()
+        False
+    """
+    return any(thread != threading.get_ident() for thread in list(_open.values()))

@@ -1,0 +1,262 @@
+"""
+What a capture switches on goes back, whatever comes and goes meanwhile, and wherever it is interrupted.
+"""
+import contextlib
+import gc
+import sys
+import threading
+import warnings
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from common import Net, fit, lines_of, make_data, make_net
+from pytorch_lightning.callbacks import Callback
+from test_faults import everything, left_behind
+from torch._dynamo import eval_frame
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
+from torch.utils.data import DataLoader
+
+from geowatch.utils.lightning_ext.callbacks.plasticity import PlasticityMonitor
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine.faults import Faults
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine.lightning import choose_source
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations import (
+    capture,
+    looks,
+    modules,
+    opening,
+)
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.capture import Capture
+
+set_stance = pytest.importorskip('torch.compiler', reason='no torch.compiler').set_stance
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left():
+    yield
+    gc.collect()
+    assert not left_behind() and eval_frame._stance == eval_frame.DynamoStance() and not opening._open
+
+
+class Doubles(TorchFunctionMode):
+    """ A mode of the user that changes what is computed. """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        return output * 2 if func is torch.nn.functional.linear else output
+
+
+def stance():
+    return set_stance('eager_on_recompile')
+
+
+class Holds(Callback):
+    """ Holds a context of the user from one hook to another. """
+
+    def __init__(self, make, enters, leaves):
+        self.make, self.seen = make, []
+        setattr(self, enters, self.enter)
+        setattr(self, leaves, self.leave)
+
+    def enter(self, *args, **kwargs):
+        self.context = self.make()
+        self.context.__enter__()
+        self.seen.append(eval_frame._stance.stance)
+
+    def leave(self, *args, **kwargs):
+        if self.context is not None:
+            self.context.__exit__(None, None, None)
+            self.context = None
+
+
+HELD = [('on_train_batch_start', 'on_before_backward'), ('on_train_batch_start', 'on_after_backward'),
+        ('on_train_batch_start', 'on_train_batch_end'), ('on_before_backward', 'on_train_batch_end')]
+
+
+@pytest.mark.parametrize('first', [True, False], ids=['before ours', 'after ours'])
+@pytest.mark.parametrize('enters, leaves', HELD)
+@pytest.mark.parametrize('make', [Doubles, stance, lambda: torch.device('cpu')], ids=['mode', 'stance', 'device'])
+def test_what_the_user_holds_across_hooks(tmp_path, make, enters, leaves, first):
+    def run(own):
+        holds = Holds(make, enters, leaves)
+        ours = [own, holds]
+        net, trainer, lines, _ = fit(tmp_path, pl.Callback(), callbacks=ours[::-1] if first else ours, max_epochs=1,
+                                     validate=False)
+        assert trainer.global_step == 5 and _get_current_function_mode() is None
+        assert eval_frame._stance == eval_frame.DynamoStance()
+        return net, lines
+    net, lines = run(PlasticityMonitor('dead_units@1,weight_mag@1', source='train', samples=4))
+    without, _ = run(pl.Callback())
+    assert all(torch.equal(x, y) for x, y in zip(net.parameters(), without.parameters(), strict=True))
+    assert len(lines_of(lines, 'dead_units')) == 5
+
+
+class Second(PlasticityMonitor):
+    """ Beside the first in one trainer, which takes two of one class for one. """
+
+
+def test_two_monitors(tmp_path):
+    _, trainer, lines, _ = fit(tmp_path, everything(), callbacks=[Second('dead_units@1', source='train', samples=8)])
+    assert trainer.global_step == 10
+    assert [line['step'] for line in lines_of(lines, 'dead_units')] == [step for step in range(10) for _ in 'ab']
+
+
+def test_another_thread(tmp_path):
+    """ Hooks and stances are those of the process: a second run waits its turn, with a word. """
+    results = []
+
+    def train():
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter('always')
+            _, trainer, lines, _ = fit(tmp_path, everything())
+        results.extend([trainer.global_step, lines, [str(one.message) for one in said]])
+    net = make_net()
+    with Capture(net, lambda *args: None):
+        thread = threading.Thread(target=train)
+        thread.start()
+        thread.join()
+        assert eval_frame._stance.stance == 'force_eager' and left_behind()
+    steps, lines, said = results
+    assert steps == 10 and len(lines_of(lines, 'weight_mag')) == 10 and not lines_of(lines, 'dead_units')
+    assert sum('another run in a thread' in text for text in said) == 1
+
+
+class Raises(Callback):
+    """ Keeps the callbacks after it from being told. """
+
+    def on_exception(self, trainer, module, exception):
+        raise KeyError('another')
+
+
+class Breaks(Net):
+    """ Ends in the middle of a forward pass that is looked at. """
+
+    def features(self, x):
+        if self.trainer.global_step == 2:
+            assert left_behind()
+            raise RuntimeError('its own cause')
+        return super().features(x)
+
+
+@pytest.mark.parametrize('how', ['dies', 'goes on'])
+def test_an_end_that_we_are_not_told_of(tmp_path, how):
+    monitor = everything()
+    trainer = pl.Trainer(default_root_dir=tmp_path, max_epochs=1, accelerator='cpu', enable_progress_bar=False,
+                         enable_model_summary=False, callbacks=[Raises(), monitor], logger=False)
+    with contextlib.suppress(KeyError, RuntimeError), warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        trainer.fit(make_net(Breaks), DataLoader(make_data(), batch_size=8))
+    assert left_behind() and eval_frame._stance.stance == 'force_eager'
+    if how == 'goes on':
+        monitor.setup(trainer, None, 'validate')
+    else:  # the trainer may be kept by others: what is ours is not
+        monitor._fit = None
+        gc.collect()
+    assert not left_behind() and eval_frame._stance.stance == 'default'
+
+
+class Decorated(Net):
+    """ One method of it is compiled. """
+
+    @torch.compile(backend='eager')
+    def loss(self, batch):
+        return super().loss(batch)
+
+
+class Assigned(Net):
+    def __init__(self):
+        super().__init__()
+        self.squared = torch.compile(torch.square, backend='eager')
+
+
+class Disabled(Net):
+    @torch.compiler.disable
+    def loss(self, batch):
+        return super().loss(batch)
+
+
+@pytest.mark.parametrize('cls, compiled', [(Decorated, True), (Assigned, True), (Disabled, False), (Net, False)])
+def test_methods_that_are_compiled(cls, compiled):
+    """ Without validation such a model is not looked at unasked, since it would run uncompiled for that. """
+    source, reason = choose_source('auto', False, make_net(cls))
+    assert (source, reason is None) == ((None, False) if compiled else ('train', True))
+
+
+class Inferred(Net):
+    """ Looks ahead without gradients, before its forward pass. """
+
+    def training_step(self, batch, batch_idx):
+        with torch.inference_mode():
+            self(batch)
+        return super().training_step(batch, batch_idx)
+
+
+class Faked(Net):
+    """ Runs once with tensors that have no numbers. """
+
+    def training_step(self, batch, batch_idx):
+        from torch._subclasses.fake_tensor import FakeTensorMode
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            torch.relu(mode.from_tensor(batch))
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize('cls', [Inferred, Faked])
+def test_calls_that_are_not_like_the_others(tmp_path, cls, capsys):
+    monitor = PlasticityMonitor('dead_units@1,sign_entropy@1,feature_erank@1,weight_mag@1', source='train')
+    _, trainer, lines, _ = fit(tmp_path, monitor, make_net(cls), max_epochs=1)
+    assert trainer.global_step == 5 and 'Traceback' not in capsys.readouterr().out
+    for tag in ('dead_units', 'feature_erank', 'sign_entropy', 'weight_mag'):
+        assert lines_of(lines, tag) and lines_of(lines, tag)[-1]['value'] is not None
+
+
+# --- interrupted anywhere ---------------------------------------------------------
+
+def interrupted(function, nth):
+    """ Raise KeyboardInterrupt at the n-th line of ours that a function runs; whether there was one. """
+    files = {module.__file__ for module in (capture, looks, modules, opening)}
+    left = nth
+
+    def trace(frame, event, arg):
+        nonlocal left
+        if frame.f_code.co_filename not in files:
+            return None
+        if event == 'line':
+            left -= 1
+            if left == 0:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return trace
+    sys.settrace(trace)
+    try:
+        function()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(None)
+    return False
+
+
+@pytest.mark.parametrize('theirs', [contextlib.nullcontext, Doubles], ids=['alone', 'with a mode'])
+def test_an_interrupt_at_each_line(theirs):
+    model, held = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU()), theirs()
+    count = {'open': 0, 'close': 0}
+    with held:
+        before = _get_current_function_mode()
+        for when in count:
+            while True:
+                look = looks.Looks(2000, 1, lambda layer: True, Faults(), lambda metrics, fields: metrics)
+                look.open(['dead_units'], ['away'])
+                if when == 'close':
+                    look.look(model, torch.ones(5, 3))
+                found = interrupted(look.look_away if when == 'close' else lambda look=look: look.look(
+                    model, torch.ones(5, 3)), count[when] + 1)
+                look.look_away()  # what on_exception does
+                assert _get_current_function_mode() is before and not opening._open, (when, count)
+                assert not torch.nn.modules.module._global_forward_hooks, (when, count)
+                assert not torch.nn.modules.module._global_forward_pre_hooks
+                assert eval_frame._stance.stance == 'default', (when, count)
+                if not found:
+                    break
+                count[when] += 1
+    assert count['open'] > 30 and count['close'] > 20
