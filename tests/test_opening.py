@@ -3,6 +3,7 @@ What a capture switches on goes back, whatever comes and goes meanwhile, and whe
 """
 import contextlib
 import gc
+import json
 import sys
 import threading
 import warnings
@@ -98,7 +99,10 @@ class Second(PlasticityMonitor):
 def test_two_monitors(tmp_path):
     _, trainer, lines, _ = fit(tmp_path, everything(), callbacks=[Second('dead_units@1', source='train', samples=8)])
     assert trainer.global_step == 10
-    assert [line['step'] for line in lines_of(lines, 'dead_units')] == [step for step in range(10) for _ in 'ab']
+    assert [line['step'] for line in lines_of(lines, 'dead_units')] == list(range(10))
+    (second,) = tmp_path.rglob('monitor_2/plasticity.jsonl')
+    steps = [json.loads(line)['step'] for line in second.read_text().splitlines()]
+    assert [step for step in steps if step >= 0] == list(range(10))
 
 
 def test_another_thread(tmp_path):
