@@ -187,8 +187,7 @@ class PlasticityMonitor(*_BASES):
         self._hand_over(Fit.end_forward, pl_module)
 
     def on_before_backward(self, trainer, pl_module, loss):
-        self._hand_over(Fit.end_forward, pl_module)
-        self._hand_over(Fit.begin_backward, loss)
+        self._hand_over(Fit.end_forward, pl_module, loss)
 
     def on_after_backward(self, trainer, pl_module):
         self._hand_over(Fit.end_backward, pl_module)

@@ -244,18 +244,18 @@ class Fit:
         if self.source == 'train' and self._is_new:
             self._open_start()
 
-    def end_forward(self, module):
-        """ Stop looking before the backward pass, unless more of the model may run after it. """
-        if module.automatic_optimization:
-            self.looks.look_away()
-
-    def begin_backward(self, loss):
-        """ Let sources see the graph of a loss. """
-        self.steps.before_backward(loss)
+    def end_forward(self, module, loss=None):
+        """ Stop looking before the backward pass, unless more of the model may run; let sources see the graph. """
+        if self._is_awake:
+            if module.automatic_optimization:
+                self.looks.look_away()
+            if loss is not None:
+                self.steps.before_backward(loss)
 
     def end_backward(self, module):
         """ Let sources see what a micro-batch has added. """
-        self.steps.after_backward(partial(self._walk, module))
+        if self._is_awake:
+            self.steps.after_backward(partial(self._walk, module))
 
     def before_step(self, module, optimizer):
         """ Let sources see the gradients, and the weights before an optimizer steps. """
