@@ -211,7 +211,7 @@ def test_unknown_metric_exits_with_2(tmp_path):
     assert 'Traceback' not in output
 
 
-@pytest.mark.parametrize('value, said', [('erank', 'expected PlasticityMonitor once'), (
+@pytest.mark.parametrize('value, said', [('erank', 'Expected PlasticityMonitor once'), (
     'erank@sometimes', 'Expected an interval')])
 def test_flags_beside_the_callback_in_the_config(value, said, monkeypatch, capsys):
     """ One error and code 2, where the trainer is made. """
@@ -221,7 +221,10 @@ def test_flags_beside_the_callback_in_the_config(value, said, monkeypatch, capsy
     from geowatch.utils.lightning_ext.callbacks.plasticity import PlasticityMonitor
 
     def main():
-        pl.Trainer(accelerator='cpu', logger=False, callbacks=[PlasticityMonitor('weight_mag'), PlasticityMonitor()])
+        trainer = pl.Trainer(accelerator='cpu', logger=False, callbacks=[
+            PlasticityMonitor('weight_mag'), PlasticityMonitor()])
+        for callback in trainer.callbacks:
+            callback.setup(trainer, None, 'fit')
     monkeypatch.setattr(fit, '_import_host', lambda: SimpleNamespace(main=main))
     with pytest.raises(SystemExit) as info:
         fit.FitCLI.main(cmdline=['--config=a.yaml', f'--plasticity_metrics={value}'])

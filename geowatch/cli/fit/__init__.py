@@ -130,6 +130,7 @@ class FitCLI(scfg.DataConfig):
         else:
             fusion_args = kwargs.pop('fusion_args', [])
             config = cls(**kwargs)
+        from geowatch.utils.lightning_ext.callbacks.plasticity import PlasticityMonitor
         from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import PlasticityConfigError
         # Wrong settings end the command with code 2, be they found in a flag,
         # in the config or, as a layer that is not there, with the model.
@@ -137,20 +138,18 @@ class FitCLI(scfg.DataConfig):
         try:
             # The fusion CLI reads sys.argv, and Lightning starts the other
             # processes of a run with it.
-            argv, sys.argv = sys.argv, [sys.argv[0], 'fit', *fusion_args, *config.callback_args()]
+            callback_args = config.callback_args()
+            if callback_args:
+                PlasticityMonitor.why_one = ('the config and from --plasticity_* flags. Set its arguments in the config, '
+                                             'or take it out of there and give all of them as flags')
+            argv, sys.argv = sys.argv, [sys.argv[0], 'fit', *fusion_args, *callback_args]
             try:
                 # Its result is no exit status: the `geowatch` script would exit with 1.
                 _import_host().main()
-            except RuntimeError as ex:
-                # What Lightning says of two callbacks of one class.
-                if 'more than one' not in str(ex) or CALLBACK.rpartition('.')[2] not in str(ex):
-                    raise
-                _error('expected PlasticityMonitor once, but got it from the config and from --plasticity_* flags. '
-                       'Set its arguments in the config, or take it out of there and give all of them as flags')
             finally:
                 sys.argv = argv
         finally:
-            PlasticityConfigError.handler = None
+            PlasticityConfigError.handler = PlasticityMonitor.why_one = None
 
 
 def _list_metrics(parser):

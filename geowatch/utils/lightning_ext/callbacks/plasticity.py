@@ -100,6 +100,8 @@ class PlasticityMonitor(*_BASES):
         [-1, 0, 1, 2, 3]
     """
 
+    why_one = None  # where a second one would come from, while there may be a single one only
+
     def __init__(self, metrics='paper,update_ratio', interval='auto', source='auto', samples=2000, layers=None,
                  per_layer=False, prog_bar=False, budget=None):
         self.metrics = metrics
@@ -153,9 +155,11 @@ class PlasticityMonitor(*_BASES):
         if stage == 'fit':
             is_off = util_environ.envflag('DISABLE_PLASTICITY_MONITOR')
             self._fit = None
+            own = [callback for callback in trainer.callbacks if isinstance(callback, PlasticityMonitor)]
+            if self.why_one and len(own) > 1:
+                raise PlasticityConfigError(f'Expected PlasticityMonitor once, but got it from {self.why_one}')
             if not is_off:
                 try:
-                    own = [callback for callback in trainer.callbacks if isinstance(callback, PlasticityMonitor)]
                     self._fit = Fit(self._settings, trainer, write_report_script, own.index(self), self._run)
                 except Exception:
                     say(f'PlasticityMonitor: nothing is measured, since it has failed:\n{traceback.format_exc()}')

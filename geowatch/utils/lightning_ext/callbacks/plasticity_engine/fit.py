@@ -324,7 +324,7 @@ class Fit:
                 self.agenda.done(reading.metrics, reading.moment)
         taken = {name for reading in readings for name in reading.metrics}
         left = [name for name in missing if name not in taken
-                and set(self.metrics[name].sources) <= {'weights', 'gradients'}]
+                and set(self.metrics[name].sources) <= {'weights', 'gradients', 'distances'}]
         if left:
             readings += self._left_readings(module, left, moment)
         self.publisher.publish(readings)
@@ -454,7 +454,7 @@ class Fit:
         if missed:
             looked = self.source == 'train' or self._validated_step is not None
             say(why_missing(missed, self.last.moment is not None,
-                            self.looks.why_nothing() if looked else 'no validation ran'))
+                            self.looks.why_nothing() if looked else 'no validation ran', self.steps.why_not))
         return self.sinks.folder if self.publisher.measured else None
 
     def state_dict(self):

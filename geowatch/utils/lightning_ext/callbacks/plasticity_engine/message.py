@@ -96,7 +96,7 @@ def _some(names):
     return ', '.join(names[:_NAMED]) + (f' and {len(names) - _NAMED} more' if len(names) > _NAMED else '')
 
 
-def why_missing(metrics, has_stepped, why_not_seen):
+def why_missing(metrics, has_stepped, why_not_seen, why_not=lambda metric: None):
     """
     One message on what was never measured.
 
@@ -104,6 +104,7 @@ def why_missing(metrics, has_stepped, why_not_seen):
         metrics (List[Metric]): at least one
         has_stepped (bool): whether any optimizer step was made
         why_not_seen (str | None): why there were no activations to measure
+        why_not (Callable[[Metric], str | None]): what the sources of a metric say themselves
 
     Returns:
         str: a line
@@ -116,7 +117,7 @@ def why_missing(metrics, has_stepped, why_not_seen):
     """
     whys = {}
     for metric in metrics:
-        whys.setdefault(_why(metric, has_stepped, why_not_seen), []).append(metric.name)
+        whys.setdefault(why_not(metric) or _why(metric, has_stepped, why_not_seen), []).append(metric.name)
     said = '; '.join(f'{", ".join(names)} ({why})' for why, names in whys.items())
     return f'PlasticityMonitor: asked for and never measured: {said}'
 

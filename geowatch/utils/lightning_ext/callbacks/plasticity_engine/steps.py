@@ -172,6 +172,16 @@ class Steps:
         """ What sources that last need in a checkpoint. """
         return {name: state for name, source in self._lasting.items() if (state := source.state_dict())}
 
+    def why_not(self, metric):
+        """
+        Args:
+            metric (Metric):
+
+        Returns:
+            str | None: why its sources have found nothing, as far as they have said
+        """
+        return next((said[-1] for source, said in self._said.items() if said and source in metric.sources), None)
+
     # --- what goes wrong ----------------------------------------------------------
 
     def _guard(self, source, fields):

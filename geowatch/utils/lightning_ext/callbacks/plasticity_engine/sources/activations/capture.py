@@ -31,6 +31,8 @@ from .written import CASTS, COMPARISONS, GATES, WRITTEN, as_written
 
 _RETURNED = (torch.Tensor, tuple, list)
 _SET_ITEM = torch.Tensor.__setitem__
+# Of other functions, but for activations, only where tensors go is of interest.
+_KNOWN = {*COMPARISONS, *CASTS, *FUSED_FUNCTIONS, *WRITTEN, *GATES}
 _PLAIN = frozenset((torch.Tensor, nn.Parameter))
 
 
@@ -218,17 +220,21 @@ class Capture:
         found = [output] if isinstance(output, torch.Tensor) else tensors_in(output)
         outputs = [x for x in found if x.is_floating_point()]
         name, path, trails = name_of(func), self._modules.path, self._trails
-        if name in COMPARISONS or name in CASTS:
+        is_known = name in _KNOWN
+        if is_known and (name in COMPARISONS or name in CASTS):
             trails.compare(name, args, output)
         if not outputs:
             return
+        is_activation = name in SATURATED_VALUES
         if self._functorch_level() is not None:
-            if name in SATURATED_VALUES:
+            if is_activation:
                 self.unseen[path] = 'a transform of torch.func'
+            return
+        if not is_known and not is_activation:
+            trails.follow(name, args, kwargs, outputs, path)
             return
         if name in FUSED_FUNCTIONS:
             self.unseen[path] = name
-        is_activation = name in SATURATED_VALUES
         written = as_written(name, args, kwargs, trails) if name in WRITTEN and not is_activation else None
         has_samples = trails.follow(name, args, kwargs, outputs, path)
         if not has_samples or self._modules.inside:
@@ -347,6 +353,8 @@ def _weakly(method):
 
 def _unseen():
     """ What we call is none of the user's: selective checkpointing would replay its results as the model's. """
+    if not torch._C._len_torch_dispatch_stack() and not torch.is_inference_mode_enabled():
+        return contextlib.nullcontext()
     contexts = contextlib.ExitStack()
     if torch._C._len_torch_dispatch_stack():
         from torch.utils._python_dispatch import _disable_current_modes

@@ -22,6 +22,8 @@ _NONE = frozenset()
 # What has the shape or type of another tensor, and none of its numbers.
 _FRESH = {'zeros_like', 'ones_like', 'empty_like', 'full_like', 'rand_like', 'randn_like', 'randint_like',
           'new_zeros', 'new_ones', 'new_empty', 'new_full', 'new_tensor'}
+# Functions after which a tensor of the same shape has not the same trail.
+_MOVING = {*MOVES, *OPERANDS, 'detach'}
 
 
 class Run:
@@ -167,6 +169,9 @@ class Trails:
         if is_layer and (weight is not None or name not in PRODUCTS):
             self._run_layer(name, args, inputs, owners, weight, outputs, path)
         elif trail is not None:
+            if not several and name not in _MOVING and len(outputs) == 1 and outputs[0].shape == source.shape:
+                self.remember(outputs[0], trail)  # by far the most calls
+                return True
             self._pass_on(name, args, kwargs, inputs, outputs, source, trail, several)
         elif name in NORM_AXIS:
             for x in outputs:
@@ -195,9 +200,6 @@ class Trails:
         if name == 'detach':
             pending, is_trained = _NONE, False
             root = root or next(self._order)
-        if root is None and name not in MOVES and len(outputs) == 1 and outputs[0].shape == source.shape:
-            self.remember(outputs[0], trail)  # by far the most calls
-            return
         for x in outputs:
             self.remember(x, self._moved(name, args, kwargs, source, trail, x, pending, is_trained, root,
                                          place_of_product))
