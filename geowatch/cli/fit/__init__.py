@@ -140,8 +140,9 @@ class FitCLI(scfg.DataConfig):
             # processes of a run with it.
             callback_args = config.callback_args()
             if callback_args:
-                PlasticityMonitor.why_one = ('the config and from --plasticity_* flags. Set its arguments in the config, '
-                                             'or take it out of there and give all of them as flags')
+                PlasticityMonitor.why_one = (
+                    'the config and from --plasticity_* flags. Set its arguments in the config, or take it out of '
+                    'there and give all of them as flags')
             argv, sys.argv = sys.argv, [sys.argv[0], 'fit', *fusion_args, *callback_args]
             try:
                 # Its result is no exit status: the `geowatch` script would exit with 1.
