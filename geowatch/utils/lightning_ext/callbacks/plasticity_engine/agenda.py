@@ -69,10 +69,6 @@ class Agenda:
         for name in names:
             self.schedules[name].want(step)
 
-    def once_per_epoch(self, names):
-        """ Those of some metrics whose interval is an epoch. """
-        return [name for name in names if self.schedules[name].steps is None and self.schedules[name].seconds is None]
-
     def done(self, names, moment):
         """ Note that metrics are measured at this moment. """
         for name in names:

@@ -23,7 +23,6 @@ from .lightning import (
     batches_left,
     begins_anew,
     choose_source,
-    foresees_validation,
     has_stepped,
     is_last_step,
     is_last_validation,
@@ -357,8 +356,8 @@ class Fit:
         names, moment = self._of_activations(), self._validated()
         if moment.step != self._validated_step:
             self._validated_step = moment.step
-            wanted = [] if foresees_validation(self.trainer) else self.agenda.once_per_epoch(names)
-            self.agenda.want(self._watched.intersection(names).union(wanted), moment.step)
+            self.agenda.want(self._watched.intersection(names), moment.step)
+        # Of a stream nobody knows the last one: each is looked at, and the last is what counts.
         is_last = is_last_validation(self.trainer)
         due = self.agenda.missing(moment, names) if is_last else self.agenda.due(moment.step, names)
         self._open_windows(due, moment)
