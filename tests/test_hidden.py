@@ -6,6 +6,7 @@ Each network is small, and what is right is counted by hand: units of layers tha
 import copy
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from zoo import Seen
 
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.capture import Capture
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.functions import register_activation
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.sites import site_names
 
 X = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
@@ -355,6 +357,42 @@ def test_written_out(way):
     assert list(found.values()) == [(2, 12)]
     if same is not None:
         assert list(hidden(Net(same), inputs=X)) == list(found)
+
+
+def test_a_function_of_autograd_is_registered_by_its_class():
+    class Sharp(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return torch.from_numpy(np.maximum(x.detach().numpy(), 0) ** 1.5)
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = kill(nn.Linear(8, 12), slice(2)), nn.Linear(12, 1)
+            self.act = Sharp.apply
+
+        def forward(self, x):
+            return self.last(self.act(self.first(x)))
+
+    torch.manual_seed(0)
+    model = Net()
+    expected = model(X)
+    assert not hidden(model)
+    with Capture(model, Seen()) as capture:
+        model(X)
+    assert capture.unseen == {'last': 'Sharp, an autograd.Function that is not registered'}
+    for _ in range(2):
+        assert register_activation(Sharp, (0.,)) is Sharp
+    assert list(hidden(model).values()) == [(2, 12)]
+    with torch.no_grad():
+        assert list(hidden(model).values()) == [(2, 12)]
+    assert torch.equal(model(X), expected)
+    gradients = [torch.autograd.grad(y.sum(), model.first.bias)[0] for y in (model(X), expected)]
+    assert torch.equal(*gradients)
 
 
 def test_gates_of_something_else_stay_gates():

@@ -112,7 +112,7 @@ class Capture:
 
     def __enter__(self):
         self._modules = Modules(self._model)
-        self._trails = Trails(self._modules.named, self._is_trained)
+        self._trails = Trails(self._modules.named, self._is_trained, self.unseen)
         self.hidden = self._trails.confirmed
         try:
             self._opening.open()

@@ -91,10 +91,12 @@ def register_activation(function, saturated_values: tuple[float, ...] | Callable
     Make captures see an activation of your own.
 
     Args:
-        function (Callable | type | str): a torch function, a module class,
-            the name of either, or a Python function. A Python function has
-            to be replaced by what is returned, as a decorator does, since a
-            plain one cannot be seen.
+        function (Callable | type | str): a torch function, a class of
+            modules or of ``torch.autograd.Function``, the name of a function
+            or module, or a Python function. A Python function has to be
+            replaced by what is returned, as a decorator does, since a plain
+            one cannot be seen. Of an ``autograd.Function`` the ``forward`` is
+            replaced by one that does the same and is seen.
         saturated_values (Tuple[float, ...] | Callable): outputs at which a
             unit is dead, or a function of the call's arguments that returns
             them. With none it is counted in feature_erank only.
@@ -130,21 +132,28 @@ def register_activation(function, saturated_values: tuple[float, ...] | Callable
     if not name or not (callable(function) or isinstance(function, str)):
         raise ValueError('Expected `function` to be a torch function, a module class, a Python function '
                          f'or a name, but got {function!r}')
-    if isinstance(function, type) and not issubclass(function, torch.nn.Module):
-        raise ValueError(f'Expected a class to be a torch.nn.Module, but got {function!r}')
+    if isinstance(function, type) and not issubclass(function, (torch.nn.Module, torch.autograd.Function)):
+        raise ValueError('Expected a class to be a torch.nn.Module or a torch.autograd.Function, '
+                         f'but got {function!r}')
     SATURATED_VALUES[name if isinstance(function, type) else name.strip('_')] = saturated_values
+    if isinstance(function, type) and issubclass(function, torch.autograd.Function):
+        if not hasattr(function.forward, 'is_visible'):
+            function.forward = staticmethod(_visible(function.forward, name))
+        return function
     is_python = hasattr(function, '__code__') and not str(function.__module__).startswith('torch')
     return _visible(function) if is_python else function
 
 
-def _visible(function):
-    """ A Python function that torch function modes see, as they see torch's own. """
+def _visible(function, name=None):
+    """ A Python function that torch function modes see, as they see torch's own, by a name that may be another. """
     @functools.wraps(function)
     def visible(*args, **kwargs):
         tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
         if has_torch_function(tensors):
             return handle_torch_function(visible, tensors, *args, **kwargs)
         return function(*args, **kwargs)
+    visible.__name__ = name or function.__name__
+    visible.is_visible = True
     return visible
 
 

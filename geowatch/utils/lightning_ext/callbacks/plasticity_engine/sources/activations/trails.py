@@ -85,6 +85,8 @@ class Trails:
             parameters and buffers are known by their layer
         is_trained (Callable[[str, Parameter], bool] | None): whether an
             optimizer has a parameter that requires a gradient; by default all have one
+        unseen (Dict[str, str] | None): module path to the reason why
+            something in it is not seen, to which is added
 
     Attributes:
         confirmed (Set[Site]): activations with a trained layer before and after them
@@ -102,8 +104,9 @@ class Trails:
         ('fc', (Part(axis=1, size=4, step=1),), True)
     """
 
-    def __init__(self, named, is_trained=None):
+    def __init__(self, named, is_trained=None, unseen=None):
         self.confirmed = set()
+        self._unseen = {} if unseen is None else unseen
         self._owners = Owners(named, is_trained)
         self._known = {}      # id of a tensor to _Known
         self._masks = {}      # id of a comparison with zero to itself, the trail of what it compares, and which way
@@ -134,8 +137,11 @@ class Trails:
             known = self._known.get(id(x))
             if known is None:
                 owner = self._owners.known.get(id(x))
-                if owner is None and isinstance(x, nn.Parameter):
-                    owner = self._owners.of_unknown(x, path)
+                if owner is None:
+                    if isinstance(x, nn.Parameter):
+                        owner = self._owners.of_unknown(x, path)
+                    elif x.grad_fn is not None:
+                        self._note_opaque(x, path)
             else:
                 owner = known.owner
                 if known.trail is not None:
@@ -177,6 +183,12 @@ class Trails:
             for x in outputs:
                 self.remember(x, self._trail(path, whole(x, [NORM_AXIS[name]]), is_trained=False))
         return True
+
+    def _note_opaque(self, x, path):
+        """ A function of autograd that does its work outside of torch's functions, as far as gradients tell. """
+        if isinstance(x.grad_fn, torch.autograd.function.BackwardCFunction):
+            name = type(x.grad_fn).__name__.removesuffix('Backward')
+            self._unseen[path] = f'{name}, an autograd.Function that is not registered'
 
     def _pass_on(self, name, args, kwargs, inputs, outputs, source, trail, several):
         """ Anything but a layer. """
