@@ -57,6 +57,23 @@ class Focal(nn.Module):
         return (torch.sigmoid(y) * F.logsigmoid(-y) + F.softplus(y) + F.relu(y)).mean()
 
 
+class Detector(nn.Module):
+    """ Computes its loss itself, with a loss of each entry times a power of its probability. """
+
+    def __init__(self):
+        super().__init__()
+        self.net = net()
+
+    def forward(self, x):
+        y = self.net(x)
+        p = torch.sigmoid(y)
+        return (F.binary_cross_entropy_with_logits(y, torch.ones_like(y), reduction='none') * (1 - p) ** 2).mean()
+
+
+def test_a_loss_inside_of_the_forward_pass():
+    assert hidden(Detector()) == {'net.1': (3, 12)}
+
+
 class Metric(nn.Module):
     """ As a metric of torchmetrics: of logits that are detached, with a state. """
 
@@ -461,7 +478,7 @@ def test_attention(way, units):
     if way == 'soft cap':
         with Capture(model, Seen(), everything=False) as capture:
             model(torch.randn(2, 5, 8))
-        assert 'tanh' in capture.unseen[''] and 'units' in capture.unseen['']
+        assert {site.function for site in capture.without_units & capture.hidden} == {'tanh'}
 
 
 class Rearranged(nn.Module):

@@ -65,6 +65,7 @@ class Capture:
         values (Dict[Site, Tuple[float, ...]]): all sites, observed or not, and
             the values at which their units are dead
         empty (Dict[Site, Tuple[float, ...]]): those that were called without a sample
+        without_units (Set[Site]): those of what has none, as the scores of attention
         ran (Set[str]): paths of modules that ran
         unseen (Dict[str, str]): module path to the reason why activations in it are not seen
         seconds (float): of our own work so far, without that of `observe`
@@ -92,6 +93,7 @@ class Capture:
         self.hidden = set()
         self.values = {}
         self.empty = {}
+        self.without_units = set()
         self.ran = set()
         self.unseen = {}
         self.seconds = 0.
@@ -270,8 +272,9 @@ class Capture:
             nth = trail.run.calls.get(key, 0)
             trail.run.calls[key] = nth + 1
         if not place:
-            self.unseen[path] = f'{name} of what has no axis of units, as the scores of attention'
-            self._trails.activate(output, name, (), parts)
+            site = self._site(path, name, layer, nth, 0)
+            self.without_units.add(site)
+            self._trails.activate(output, name, (site,), parts)
             return
         with _unseen(), torch.no_grad():
             pieces = [(layer, output.detach().as_subclass(torch.Tensor), place)]

@@ -139,6 +139,8 @@ class Looks:
         window.idle |= {site: values for site, values in capture.empty.items() if site in capture.hidden}
         window.idle |= of_idle_siblings(self._alike, window)
         self.unseen.update(capture.unseen)
+        self.unseen.update({site.module: f'{site.function} of what has no axis of units, as the scores of attention'
+                            for site in capture.without_units & capture.hidden})
         self.unseen.update({site.module: f'{site.function} of a changing number of units'
                             for site in window.apart & window.hidden - capture.parts})
         self._hidden |= window.hidden - window.apart

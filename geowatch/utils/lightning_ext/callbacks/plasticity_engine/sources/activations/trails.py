@@ -19,8 +19,10 @@ from .products import OPERANDS, PRODUCTS, follow_product
 from .written import CASTS, COMPARISONS
 
 _NONE = frozenset()
-# What has the shape or type of another tensor, and none of its numbers.
-_FRESH = {'zeros_like', 'ones_like', 'empty_like', 'full_like', 'rand_like', 'randn_like', 'randint_like',
+# What has the shape or type of another tensor, and none of its numbers; and losses, after which no layer comes.
+_FRESH = {'binary_cross_entropy', 'binary_cross_entropy_with_logits', 'cross_entropy', 'kl_div', 'l1_loss', 'mse_loss',
+          'smooth_l1_loss', 'huber_loss', 'nll_loss', 'gaussian_nll_loss', 'poisson_nll_loss', 'soft_margin_loss',
+          'zeros_like', 'ones_like', 'empty_like', 'full_like', 'rand_like', 'randn_like', 'randint_like',
           'new_zeros', 'new_ones', 'new_empty', 'new_full', 'new_tensor'}
 # Functions after which a tensor of the same shape has not the same trail.
 _MOVING = {*MOVES, *OPERANDS, 'detach'}
