@@ -11,9 +11,10 @@ from numbers import Integral
 import pytorch_lightning as pl
 
 from .plasticity_engine.budget import Budget
-from .plasticity_engine.fit import Fit, Settings, read_patterns
+from .plasticity_engine.fit import Fit
 from .plasticity_engine.say import say
 from .plasticity_engine.schedule import Schedule
+from .plasticity_engine.settings import Settings, read_patterns
 from .plasticity_metrics import METRICS, PlasticityConfigError, parse_metrics
 from .plasticity_report import report_command, write_report_script
 

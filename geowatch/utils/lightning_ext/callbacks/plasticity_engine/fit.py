@@ -6,12 +6,10 @@ they stand here.
 """
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
-from kwutil import util_pattern
 
 from ..plasticity_metrics import METRICS, PlasticityConfigError
 from .agenda import Agenda
@@ -49,18 +47,6 @@ from .sources.activations.looks import Looks, layer_paths
 from .sources.activations.modules import FUSED_FUNCTIONS
 from .sources.weights import Trained, parameters_of, wanted, weights_of
 from .steps import Steps
-
-
-@dataclass(frozen=True)
-class Settings:
-    """ The arguments of PlasticityMonitor, read and found right. """
-    intervals: dict
-    source: str
-    samples: int
-    patterns: list = field(default_factory=list)
-    per_layer: bool = False
-    prog_bar: bool = False
-    budget: object = None
 
 
 class Fit:
@@ -549,26 +535,3 @@ class Fit:
     def _window_reading(self, window, moment, final):
         moment = moment._replace(step=-1) if window.start else moment
         return Reading(window.metrics, moment, parts=window.totals(), window=window, final=final)
-
-
-def read_patterns(layers):
-    """
-    Patterns of layer names.
-
-    Args:
-        layers (str | List[str] | None): as in a shell, separated by commas or in a list
-
-    Returns:
-        List[Pattern]:
-
-    Raises:
-        PlasticityConfigError: if it is none of these
-    """
-    parts = [layers] if isinstance(layers, str) else layers
-    if parts is None:
-        return []
-    if not isinstance(parts, Sequence) or not all(isinstance(part, str) for part in parts):
-        raise PlasticityConfigError('Expected `layers` to be patterns of layer names, separated by commas or in '
-                                    f'a list, but got {layers!r}')
-    names = [name.strip() for part in parts for name in part.split(',') if name.strip()]
-    return [util_pattern.Pattern.coerce(name, hint='glob') for name in names]
