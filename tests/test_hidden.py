@@ -318,6 +318,12 @@ def test_experts_of_one_parameter(way):
 
 # --- activations that are written out ------------------------------------------------------
 
+def assigned_below(x):
+    x = x.clone()
+    x[x < 0] = 0
+    return x
+
+
 WRITTEN = {
     'swish': (lambda x: x * torch.sigmoid(x), F.silu), 'quick gelu': (lambda x: x * torch.sigmoid(1.702 * x), None),
     'swish, times': (lambda x: torch.sigmoid(x).mul(x), F.silu), 'in place': (lambda x: x.mul_(x.sigmoid()), F.silu),
@@ -336,6 +342,11 @@ WRITTEN = {
     'relu, where': (lambda x: torch.where(x > 0, x, 0.), F.relu),
     'relu, where not': (lambda x: torch.where(x <= 0, torch.zeros_like(x), x), F.relu),
     'relu, product': (lambda x: x * (x > 0), F.relu), 'relu, cast': (lambda x: (x >= 0).float() * x, F.relu),
+    'swish, divided': (lambda x: x / (1 + torch.exp(-x)), F.silu),
+    'gelu, erfc': (lambda x: .5 * x * torch.erfc(-x / 2 ** .5), F.gelu),
+    'gelu, ndtr': (lambda x: x * torch.special.ndtr(x), F.gelu),
+    'mish, log': (lambda x: x * torch.tanh(torch.log1p(torch.exp(x.clamp(max=80)))), None),
+    'relu, assigned': (assigned_below, F.relu),
     'relu, fill': (lambda x: x.masked_fill(x < 0, 0), F.relu), 'relu6': (lambda x: x.clamp(0, 6), F.relu6),
 }
 
@@ -410,6 +421,17 @@ def test_a_function_of_autograd_is_registered_by_its_class():
     assert torch.equal(model(X), expected)
     gradients = [torch.autograd.grad(y.sum(), model.first.bias)[0] for y in (model(X), expected)]
     assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize('leaky', [
+    lambda x: torch.where(x > 0, x, .1 * x), lambda x: torch.maximum(x, .1 * x), lambda x: torch.max(.1 * x, x),
+    lambda x: torch.where(x <= 0, torch.expm1(x), x)])
+def test_written_out_leaky(leaky):
+    """ Seen, with no value at which a unit is dead. """
+    first, last = nn.Linear(8, 12), nn.Linear(12, 1)
+    model = nn.ModuleList([first, last])
+    found = hidden(model, lambda x: last(leaky(first(x))))
+    assert found == {'leaky_relu': (0, 12)}
 
 
 def test_gates_of_something_else_stay_gates():

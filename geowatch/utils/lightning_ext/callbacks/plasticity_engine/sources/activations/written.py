@@ -3,7 +3,8 @@ Activations that are written out, instead of called by their name.
 
 ``x * sigmoid(1.7 * x)`` is a SiLU: a gate that is multiplied with what it was
 computed from. ``x.clamp(min=0)``, ``maximum(x, 0)``, ``where(x > 0, x, 0)`` and
-``x * (x > 0)`` are ReLUs. Gates that multiply something else, as those of
+``x * (x > 0)`` are ReLUs, and leaky ones with another function of x in the
+place of the 0. Gates that multiply something else, as those of
 squeeze-and-excitation or of a GLU, are sigmoids.
 """
 import torch
@@ -15,14 +16,19 @@ SELF_GATED = {
     ('sigmoid',): 'silu',
     ('special_expit',): 'silu',
     ('softplus', 'tanh'): 'mish',
+    ('exp', 'tanh'): 'mish',
     ('tanh',): 'gelu',
     ('erf',): 'gelu',
+    ('erfc',): 'gelu',
+    ('special_erf',): 'gelu',
+    ('special_erfc',): 'gelu',
+    ('special_ndtr',): 'gelu',
     ('relu6',): 'hardswish',
     ('hardtanh',): 'hardswish',
     ('hardsigmoid',): 'hardswish',
 }
 # Functions that are no activation but in a product.
-GATES = {'erf'}
+GATES = {'erf', 'erfc', 'special_erf', 'special_erfc', 'special_ndtr', 'exp'}
 # Comparisons, and whether they hold above.
 COMPARISONS = {'gt': True, 'ge': True, '__gt__': True, '__ge__': True, 'greater': True, 'greater_equal': True,
                'lt': False, 'le': False, '__lt__': False, '__le__': False, 'less': False, 'less_equal': False}
@@ -85,20 +91,42 @@ def _larger_of_two(args, kwargs, trails):
         for x, other in ((first, second), (second, first)):
             if trails.get(x) is not None and trails.get(other) is None and _is_zero(other):
                 return 'relu', (0.,), ()
+        if _of_one_root(first, second, trails):
+            return 'leaky_relu', (), ()
     return None
 
 
 @WRITTEN.of('where')
 def _chooses(args, kwargs, trails):
     mask, x, other = args
-    above = trails.mask_of(mask, x) is True and _is_zero(other)
-    return ('relu', (0.,), ()) if above or trails.mask_of(mask, other) is False and _is_zero(x) else None
+    for kept, below, is_above in ((x, other, True), (other, x, False)):
+        if trails.mask_of(mask, kept) is is_above:
+            if _is_zero(below):
+                return 'relu', (0.,), ()
+            if _of_one_root(kept, below, trails):
+                return 'leaky_relu', (), ()
+    return None
 
 
 @WRITTEN.of('masked_fill')
 def _fills(args, kwargs, trails):
     x, mask, value = (*args, *kwargs.values())
     return ('relu', (0.,), ()) if trails.mask_of(mask, x) is False and _is_zero(value) else None
+
+
+@WRITTEN.of('__setitem__')
+def _assigns(args, kwargs, trails):
+    x, mask, value = args
+    return ('relu', (0.,), ()) if trails.mask_of(mask, x) is False and _is_zero(value) else None
+
+
+@WRITTEN.of('div', 'divide', 'true_divide', '__truediv__')
+def _divides(args, kwargs, trails):
+    """ x / (1 + exp(-x)). """
+    x, below = map(trails.get, args)
+    if x is None or below is None or x.root != below.root or below.acts[len(x.acts):] != (('exp', ()),):
+        return None
+    return 'silu', (0.,), ()
 
 
 @WRITTEN.of('mul', '__mul__', '__rmul__', 'multiply')
@@ -118,6 +146,12 @@ def _multiplies(args, kwargs, trails):
     own = gate.acts[len(x.acts):]
     name = SELF_GATED.get(tuple(function for function, _ in own))
     return name and (name, (0.,), tuple(site for _, sites in own for site in sites))
+
+
+def _of_one_root(x, other, trails):
+    """ Whether a tensor is another function of the same numbers. """
+    own, of_other = trails.get(x), trails.get(other)
+    return own is not None and of_other is not None and own.root == of_other.root
 
 
 def _is_zero(x):
