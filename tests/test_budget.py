@@ -27,7 +27,7 @@ def slowly(absolute, count):
     return absolute / count
 
 
-EXPENSIVE = Metric('dear', slowly, METRICS['weight_mag'].needs, 'sum', 'log', Words('Dear'))
+EXPENSIVE = Metric('expensive', slowly, METRICS['weight_mag'].needs, 'sum', 'log', Words('Expensive'))
 
 
 class Slow(Net):
@@ -39,8 +39,8 @@ class Slow(Net):
 
 
 @pytest.fixture
-def dear(monkeypatch):
-    monkeypatch.setitem(METRICS, 'dear', EXPENSIVE)
+def expensive(monkeypatch):
+    monkeypatch.setitem(METRICS, 'expensive', EXPENSIVE)
 
 
 def run(tmp_path, monitor, **kwargs):
@@ -50,9 +50,9 @@ def run(tmp_path, monitor, **kwargs):
     return lines, logger.table(), trainer
 
 
-def test_what_is_dear_is_measured_less_often(tmp_path, dear):
-    lines, table, trainer = run(tmp_path, PlasticityMonitor('dear', interval=1, budget='20%'))
-    steps = [line['step'] for line in lines_of(lines, 'dear')]
+def test_what_is_expensive_is_measured_less_often(tmp_path, expensive):
+    lines, table, trainer = run(tmp_path, PlasticityMonitor('expensive', interval=1, budget='20%'))
+    steps = [line['step'] for line in lines_of(lines, 'expensive')]
     # 200 steps take 2 s or more, of which 20 % would be 8 measurements; a busy machine is slower.
     assert steps[0] == 0 and 3 <= len(steps) <= 80
     overhead = lines_of(lines, 'overhead')
@@ -60,22 +60,22 @@ def test_what_is_dear_is_measured_less_often(tmp_path, dear):
     values = [line['value'] for line in overhead]
     # The first is always made, and paid for afterwards. The pace of the first step is no good guess of the others.
     assert values[0] > 0.5 and 0 < values[-1] < 0.25
-    assert all(line['intervals']['dear'] > 1 for line in overhead)
+    assert all(line['intervals']['expensive'] > 1 for line in overhead)
     assert [(step, value) for step, key, value in table if key == 'plasticity/overhead'] == list(
         zip(steps, values, strict=True))
     assert trainer.callback_metrics['plasticity/overhead'] == pytest.approx(values[-1])
 
 
-def test_the_same_without_a_budget_takes_most_of_the_time(tmp_path, dear):
-    lines, table, _ = run(tmp_path, PlasticityMonitor('dear', interval=1), n=40)
-    assert [line['step'] for line in lines_of(lines, 'dear')] == list(range(20))
+def test_the_same_without_a_budget_takes_most_of_the_time(tmp_path, expensive):
+    lines, table, _ = run(tmp_path, PlasticityMonitor('expensive', interval=1), n=40)
+    assert [line['step'] for line in lines_of(lines, 'expensive')] == list(range(20))
     assert not lines_of(lines, 'overhead') and 'plasticity/overhead' not in {key for _, key, _ in table}
 
 
-def test_what_is_cheap_stays_as_asked(tmp_path, dear):
-    lines, _, _ = run(tmp_path, PlasticityMonitor('weight_mag@20,dear@1', budget=0.6))
+def test_what_is_cheap_stays_as_asked(tmp_path, expensive):
+    lines, _, _ = run(tmp_path, PlasticityMonitor('weight_mag@20,expensive@1', budget=0.6))
     assert [line['step'] for line in lines_of(lines, 'weight_mag')] == list(range(19, 200, 20))
-    assert 2 <= len(lines_of(lines, 'dear')) < 200
+    assert 2 <= len(lines_of(lines, 'expensive')) < 200
     assert lines_of(lines, 'overhead')[-1]['intervals']['weight_mag'] == 20
 
 
@@ -159,8 +159,9 @@ def test_time_is_counted_where_a_metric_fails():
 def test_plan_in_the_long_run():
     # A step takes 0.1 s. One would need 50 % at each step, the other 0.1 % of the time.
     budget = Budget('2%')
-    costs, asked, allowed = {'dear': 0.1, 'cheap': 0.001}, {'dear': 1, 'cheap': 10}, {'dear': 0, 'cheap': 0}
-    spent, counts, seconds, done = {'dear': 0, 'cheap': 0}, {'dear': 0, 'cheap': 0}, 0., {'dear': [], 'cheap': []}
+    costs, asked = {'expensive': 0.1, 'cheap': 0.001}, {'expensive': 1, 'cheap': 10}
+    allowed, spent, counts = (dict.fromkeys(costs, 0) for _ in range(3))
+    seconds, done = 0., {'expensive': [], 'cheap': []}
     for step in range(5000):
         seconds += 0.1
         due = [name for name in costs if (step + 1) % asked[name] == 0 and step >= allowed[name]]
@@ -174,9 +175,9 @@ def test_plan_in_the_long_run():
             overhead, waits = budget.plan(numbers, step + 1, asked)
             for name, wait in waits.items():
                 allowed[name] = step + wait
-    # The dear one has what the cheap one leaves: 1.9 % of 505 s.
+    # The expensive one has what the cheap one leaves: 1.9 % of 505 s.
     assert len(done['cheap']) == 500
-    assert 90 <= len(done['dear']) <= 98
+    assert 90 <= len(done['expensive']) <= 98
     assert 0.0185 < overhead <= 0.02
 
 

@@ -125,8 +125,8 @@ def fair_parts(budget, needs):
 
     Example:
         >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.budget import fair_parts
-        >>> fair_parts(6., {'dear': 100., 'cheap': 1., 'other': 3.})
-        {'cheap': 1.0, 'other': 2.5, 'dear': 2.5}
+        >>> fair_parts(6., {'expensive': 100., 'cheap': 1., 'other': 3.})
+        {'cheap': 1.0, 'other': 2.5, 'expensive': 2.5}
         >>> fair_parts(6., {'a': 1., 'b': 3.})  # what is left is shared evenly
         {'a': 2.0, 'b': 4.0}
     """

@@ -71,8 +71,8 @@ def resolve(interval, metric, trainer):
     if metric.every != 'log' or not trainer.log_every_n_steps:
         return 'epoch'
     # The chunks of a batch cost about as much as the step.
-    is_dear = 'pieces' in metric.sources and trainer.world_size * trainer.accumulate_grad_batches == 1
-    return trainer.log_every_n_steps * (10 if is_dear else 1)
+    is_expensive = 'pieces' in metric.sources and trainer.world_size * trainer.accumulate_grad_batches == 1
+    return trainer.log_every_n_steps * (10 if is_expensive else 1)
 
 
 def is_last_step(trainer, pl_module) -> bool:
