@@ -55,7 +55,9 @@ class PlasticityMonitor(*_BASES):
             'auto', that is validation where there is a loader for it.
         samples (int): examples per activation measurement.
         layers (str | List[str] | None): patterns of layer names to restrict
-            the measurement to, as in a shell, separated by commas.
+            the measurement to, as in a shell, separated by commas. One that is
+            the path of a module names it: its activations count even if they
+            are no hidden layers, as that of an output.
         per_layer (bool): if True, log ``plasticity_layers/<metric>/<layer>``.
         prog_bar (bool): if True, the progress bar shows the values too.
         budget (str | float | None): the monitor's largest share of the

@@ -20,10 +20,11 @@ from .written import CASTS, COMPARISONS
 
 _NONE = frozenset()
 # What has the shape or type of another tensor, and none of its numbers; and losses, after which no layer comes.
-_FRESH = {'binary_cross_entropy', 'binary_cross_entropy_with_logits', 'cross_entropy', 'kl_div', 'l1_loss', 'mse_loss',
-          'smooth_l1_loss', 'huber_loss', 'nll_loss', 'gaussian_nll_loss', 'poisson_nll_loss', 'soft_margin_loss',
-          'zeros_like', 'ones_like', 'empty_like', 'full_like', 'rand_like', 'randn_like', 'randint_like',
-          'new_zeros', 'new_ones', 'new_empty', 'new_full', 'new_tensor'}
+_WITHOUT_TRAIL = {
+    'zeros_like', 'ones_like', 'empty_like', 'full_like', 'rand_like', 'randn_like', 'randint_like', 'new_zeros',
+    'new_ones', 'new_empty', 'new_full', 'new_tensor', 'binary_cross_entropy', 'binary_cross_entropy_with_logits',
+    'cross_entropy', 'kl_div', 'l1_loss', 'mse_loss', 'smooth_l1_loss', 'huber_loss', 'nll_loss', 'gaussian_nll_loss',
+    'poisson_nll_loss', 'soft_margin_loss'}
 # Functions after which a tensor of the same shape has not the same trail.
 _MOVING = {*MOVES, *OPERANDS, 'detach'}
 
@@ -154,7 +155,7 @@ class Trails:
             owners.append(owner)
             if owner is not None and (weight is None or owner.rank > weight.rank):
                 weight = owner
-        if name in _FRESH:
+        if name in _WITHOUT_TRAIL:
             return True
         is_layer = name in LAYERS
         if weight is not None:
