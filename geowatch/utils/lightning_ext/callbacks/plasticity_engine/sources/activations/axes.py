@@ -346,13 +346,7 @@ def _moves_axes(args, kwargs, source, output):
     return [order.index(axis) for axis in range(source.ndim)]
 
 
-@MOVES.of('stack')
-def _stacks(args, kwargs, source, output):
-    dim = kwargs.get('dim', args[1] if len(args) > 1 else 0) % output.ndim
-    return [axis + (dim <= axis) for axis in range(source.ndim)]
-
-
-@MOVES.of('unsqueeze')
+@MOVES.of('stack', 'unsqueeze')
 def _inserts(args, kwargs, source, output):
     dim = kwargs.get('dim', args[1] if len(args) > 1 else 0) % output.ndim
     return [axis + (dim <= axis) for axis in range(source.ndim)]

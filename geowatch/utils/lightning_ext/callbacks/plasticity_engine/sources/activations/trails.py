@@ -25,6 +25,7 @@ _WITHOUT_TRAIL = {
     'new_ones', 'new_empty', 'new_full', 'new_tensor', 'binary_cross_entropy', 'binary_cross_entropy_with_logits',
     'cross_entropy', 'kl_div', 'l1_loss', 'mse_loss', 'smooth_l1_loss', 'huber_loss', 'nll_loss', 'gaussian_nll_loss',
     'poisson_nll_loss', 'soft_margin_loss'}
+_PRODUCTS = {*PRODUCTS, *OPERANDS}
 # Functions after which a tensor of the same shape has not the same trail.
 _MOVING = {*MOVES, *OPERANDS, 'detach'}
 
@@ -201,7 +202,7 @@ class Trails:
             pending = _NONE.union(*(own.pending for _, own in found)) - self.confirmed
             is_trained = any(own.is_trained for _, own in found)
             root = next(self._order)
-            if name in PRODUCTS or name in OPERANDS:
+            if name in _PRODUCTS:
                 trails = [self.get(x) for x in inputs]
                 i, place_of_product = follow_product(
                     name, args, inputs, [own and own.place for own in trails], outputs[0])

@@ -108,15 +108,9 @@ def _chooses(args, kwargs, trails):
     return None
 
 
-@WRITTEN.of('masked_fill')
+@WRITTEN.of('masked_fill', '__setitem__')
 def _fills(args, kwargs, trails):
     x, mask, value = (*args, *kwargs.values())
-    return ('relu', (0.,), ()) if trails.mask_of(mask, x) is False and _is_zero(value) else None
-
-
-@WRITTEN.of('__setitem__')
-def _assigns(args, kwargs, trails):
-    x, mask, value = args
     return ('relu', (0.,), ()) if trails.mask_of(mask, x) is False and _is_zero(value) else None
 
 
