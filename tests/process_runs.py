@@ -356,6 +356,41 @@ def layouts(folder, mesh_shape):
     torch.distributed.destroy_process_group()
 
 
+def one_by_one(folder):
+    """ How many Gram matrices are there at once when several weights with shards become spectra. """
+    import weakref
+
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    from geowatch.utils.lightning_ext.callbacks.plasticity_engine.measurement import spectrum_of
+    from geowatch.utils.lightning_ext.callbacks.plasticity_engine.processes import Processes, layout_of
+    torch.distributed.init_process_group('gloo')
+    together, made, most = Processes(2, 'cpu'), [], [0]
+    mesh = init_device_mesh('cpu', (2,))
+    of_part = tensors.gram
+
+    def counted(*args):
+        most[0] = max(most[0], 1 + sum(own() is not None for own in made))
+        matrix = of_part(*args)
+        made.append(weakref.ref(matrix))
+        return matrix
+    tensors.gram = counted
+    processes._NUMBERS = 40  # as for a large matrix, which takes more than a round
+    together._numbers = together._numbers[:40]
+    weights = {f'fc{i}': torch.arange(60.).add(i).sin().reshape(6, 10) for i in range(4)}
+    stats = {('weights', 'gram'): tensors.grams({
+        name: distribute_tensor(x, mesh, [Shard(i % 2)]) for i, (name, x) in enumerate(weights.items())}, ['gram'])[
+            'gram']}
+    (total,), _ = together.add_up([stats], [layout_of([stats])] * 2, whole=spectrum_of)
+    for name, values in total['weights', 'spectrum'].items():
+        torch.testing.assert_close(values.flip(0).float(), torch.linalg.svdvals(weights[name]), rtol=1e-4, atol=1e-5)
+    if together.rank == 0:
+        with open(f'{folder}/found.json', 'w') as file:
+            json.dump({'layers': len(total['weights', 'spectrum']), 'most': most[0]}, file)
+    torch.distributed.destroy_process_group()
+
+
 def slices(folder, mesh_shape):
     """ Statistics of the matrices that a parameter of three dimensions holds, in each layout. """
     from torch.distributed.device_mesh import init_device_mesh

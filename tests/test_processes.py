@@ -210,6 +210,12 @@ def test_layouts_of_sharded_weights(tmp_path, count, mesh):
             assert max(message['n'] for message in got['largest part']) < matrix.size
 
 
+def test_sharded_spectra_one_by_one(tmp_path):
+    assert run_or_skip(one_by_one, 2, str(tmp_path)) == [0, 0]
+    found = json.loads((tmp_path / 'found.json').read_text())
+    assert found == {'layers': 4, 'most': 2}  # the next one begins in the round in which the last one ends
+
+
 @pytest.mark.parametrize('source', ['train', 'validation'])
 @pytest.mark.parametrize('count', [2, 4], ids=['tensor parallel', 'with FSDP2'])
 def test_tensor_parallel_weights(tmp_path, one, count, source):

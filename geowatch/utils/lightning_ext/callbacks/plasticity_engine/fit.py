@@ -279,7 +279,8 @@ class Fit:
             readings += [replace(reading, metrics=names) for reading in found if names]
             for reading in found:
                 if self._held:
-                    self.last.hold('step', replace(reading, metrics=self._held))
+                    self.last.hold('step', reading.settled({name: self.metrics[name] for name in self._held
+                                                            if name in self.metrics}))
         self.publisher.publish(readings, asks=stepped and self.agenda.asks_the_time(step))
         if stepped:
             self._wake = self._next_step(module)

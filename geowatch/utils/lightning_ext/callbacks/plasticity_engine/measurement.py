@@ -16,7 +16,7 @@ from .lightning import Moment
 from .sources.activations.sites import Site, site_names
 from .statistics import Totals
 from .statistics.noise import noise_of
-from .statistics.spectrum import centred, spectra
+from .statistics.spectrum import centred, made, singular_values, spectra
 
 Key = tuple[str, str]  # source and field
 Numbers = dict[Key, dict[str, np.ndarray | float]]  # Totals on the host, by the names of layers
@@ -52,6 +52,13 @@ class Reading:
     def has(self, metric: Metric) -> bool:
         """ Whether this process has seen anything of all that a Metric needs now. """
         return all(self.whole.get(key) or self.parts.get(key) for key in additive_keys([metric], support=False))
+
+    def settled(self, metrics: dict[str, Metric]) -> 'Reading':
+        """ The same for some metrics, by name, of nothing that may change: what is yet to be made is made now. """
+        keys = additive_keys(metrics.values())
+        whole, parts = ({key: {layer: made(x) for layer, x in own[key].items()} for key in keys if key in own}
+                        for own in (self.whole, self.parts))
+        return dataclasses.replace(self, metrics=list(metrics), whole=whole, parts=parts)
 
 
 def additive_keys(metrics: Iterable[Metric], support: bool = True) -> list[Key]:
@@ -138,7 +145,7 @@ def derive(totals: Totals, keys: list[Key], guard: Callable) -> Totals:
                 own = {site: float(site.units) for site in names}
             elif field == 'spectrum':
                 grams = totals.get((source, 'gram'), {})
-                own = dict(zip(grams, spectra(list(grams.values())), strict=True))
+                own = {**totals.get((source, field), {}), **dict(zip(grams, spectra(list(grams.values())), strict=True))}
             elif field == 'centred_spectrum':
                 grams, sums, rows = (totals.get((source, part), {}) for part in additive_fields(field))
                 own = dict(zip(grams, spectra([centred(grams[x], sums[x], rows[x]) for x in grams]), strict=True))
@@ -150,6 +157,29 @@ def derive(totals: Totals, keys: list[Key], guard: Callable) -> Totals:
                 own = totals.get((source, field), {})
             tables[source, field] = {names.get(site, site): x for site, x in own.items()}
     return tables
+
+
+def spectrum_of(source: str, field: str, total: torch.Tensor) -> tuple[str, torch.Tensor]:
+    """
+    What is kept of a sum over all processes: of the Gram matrix of a weight, which may be large, its singular values.
+
+    Args:
+        source (str): a key of SOURCES
+        field (str): an additive one
+        total (Tensor):
+
+    Returns:
+        Tuple[str, Tensor]: field and what is kept
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.measurement import spectrum_of
+        >>> import torch
+        >>> field, values = spectrum_of('weights', 'gram', torch.diag(torch.tensor([4., 9.])).double())
+        >>> field, values.tolist()
+        ('spectrum', [2.0, 3.0])
+    """
+    # That of activations may be needed as it is, to be centred.
+    return (field, total) if field != 'gram' or source == 'activations' else ('spectrum', singular_values(total))
 
 
 def to_host(tables: list[Totals]) -> list[Numbers]:

@@ -6,7 +6,7 @@ import time
 from ..plasticity_metrics import BUILT_IN
 from ..plasticity_metrics._vocabulary import LEFT_OUT, OF_NOTES
 from .lightning import steps_of
-from .measurement import Reading, additive_keys, derive, evaluate, needed_keys, needing, to_host
+from .measurement import Reading, additive_keys, derive, evaluate, needed_keys, needing, spectrum_of, to_host
 from .memory import Memory
 from .processes import contradictions, layout_of
 from .say import say
@@ -80,7 +80,8 @@ class Publisher:
         layouts = [[entry for entry in layout if (entry[0], (entry[1], entry[2])) in needed] for layout in layouts]
         sums, lost = fit.processes.add_up(
             [reading.parts for reading in readings], layouts,
-            on_error=lambda source, field: fit.faults.fail(needing(fit.metrics, source, [field])))
+            on_error=lambda source, field: fit.faults.fail(needing(fit.metrics, source, [field])),
+            whole=spectrum_of)
         # Where it failed says so when it is asked next.
         self._drop(name for source, field in lost for name in needing(fit.metrics, source, [field]))
         for index in kept:

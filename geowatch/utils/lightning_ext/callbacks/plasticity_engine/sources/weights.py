@@ -354,6 +354,7 @@ class Weights(StepSource):
         4.0
     """
     name = 'weights'
+    stays = True
 
     def end_step(self, weights):
         self._add_tensors(weights)
