@@ -358,7 +358,7 @@ def layouts(folder, mesh_shape):
 
 def one_by_one(folder):
     """ How many Gram matrices are there at once when several weights with shards become spectra. """
-    import weakref
+    import gc
 
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
@@ -366,14 +366,15 @@ def one_by_one(folder):
     from geowatch.utils.lightning_ext.callbacks.plasticity_engine.measurement import spectrum_of
     from geowatch.utils.lightning_ext.callbacks.plasticity_engine.processes import Processes, layout_of
     torch.distributed.init_process_group('gloo')
-    together, made, most = Processes(2, 'cpu'), [], [0]
+    together, most = Processes(2, 'cpu'), [0]
     mesh = init_device_mesh('cpu', (2,))
     of_part = tensors.gram
 
     def counted(*args):
-        most[0] = max(most[0], 1 + sum(own() is not None for own in made))
         matrix = of_part(*args)
-        made.append(weakref.ref(matrix))
+        there = {x.data_ptr() for x in gc.get_objects()
+                 if type(x) is torch.Tensor and x.shape == matrix.shape and x.dtype is matrix.dtype}
+        most[0] = max(most[0], len(there))
         return matrix
     tensors.gram = counted
     processes._NUMBERS = 40  # as for a large matrix, which takes more than a round

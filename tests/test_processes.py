@@ -9,7 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from common import ACTIVATIONS, AT_START, NOISE, lines_of, of_source
-from process_runs import CAN_SHARD_ON_CPU, OURS, flattened, layouts, run_processes, train_together, trains_alone
+from process_runs import (
+    CAN_SHARD_ON_CPU,
+    OURS,
+    flattened,
+    layouts,
+    one_by_one,
+    run_processes,
+    train_together,
+    trains_alone,
+)
 
 from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import METRICS
 

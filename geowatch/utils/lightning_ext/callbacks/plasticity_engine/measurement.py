@@ -145,7 +145,8 @@ def derive(totals: Totals, keys: list[Key], guard: Callable) -> Totals:
                 own = {site: float(site.units) for site in names}
             elif field == 'spectrum':
                 grams = totals.get((source, 'gram'), {})
-                own = {**totals.get((source, field), {}), **dict(zip(grams, spectra(list(grams.values())), strict=True))}
+                ready = totals.get((source, field), {})
+                own = {**ready, **dict(zip(grams, spectra(list(grams.values())), strict=True))}
             elif field == 'centred_spectrum':
                 grams, sums, rows = (totals.get((source, part), {}) for part in additive_fields(field))
                 own = dict(zip(grams, spectra([centred(grams[x], sums[x], rows[x]) for x in grams]), strict=True))
