@@ -24,7 +24,7 @@ from pytorch_lightning.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
 from geowatch.utils.lightning_ext.callbacks.plasticity import PlasticityMonitor
-from geowatch.utils.lightning_ext.callbacks.plasticity_engine import processes, publisher
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine import processes, publisher, rota
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sinks import JsonLines
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.statistics import calls as statistics_of_calls
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.statistics import tensors
@@ -220,6 +220,10 @@ def fault_of(fault, rank):
     if where not in (None, rank):
         return
     calls = []
+    if name == 'one at a time':  # so that layers take turns
+        rota.SECONDS = 0.
+        publisher.Rota = lambda share, device: rota.Rota(0., device)
+        return
     if name == 'small buffers':  # so that everything takes several rounds
         processes._MESSAGE, processes._NUMBERS = 64, 77
         return

@@ -187,6 +187,18 @@ def test_what_takes_several_rounds(tmp_path, one):
     assert max(ran.collectives().values()) > 10
 
 
+@pytest.mark.parametrize('strategy', ['ddp', 'fsdp2'])
+def test_layers_take_the_same_turns(tmp_path, strategy):
+    """ One at a time, which several processes have to agree on, or they would wait for each other for ever. """
+    ranks = {'monitor': {'metrics': 'erank,feature_erank'}, 'strategy': strategy, 'fault': ('one at a time', None, 0)}
+    together, alone = Ran(tmp_path / 'together', 2, **ranks), Ran(tmp_path / 'alone', 1, **ranks)
+    same(together.lines, alone.lines)
+    of_weights = [line['fresh'] for line in together.lines if line['metric'] == 'erank']
+    assert all(len(fresh) == 1 for fresh in of_weights) and len({name for name, in of_weights}) > 2
+    assert [line.get('fresh') for line in together.lines] == [line.get('fresh') for line in alone.lines]
+    assert max(together.collectives().values()) <= 2
+
+
 @pytest.mark.parametrize('all_of_them', [False, True])
 def test_a_single_device_beside_other_processes(tmp_path, all_of_them):
     """ Processes are those of the trainer: nobody waits for one that does not train, or adds up what it has. """

@@ -349,7 +349,7 @@ class Fit:
         due = self.agenda.missing(moment, names) if is_last else self.agenda.due(moment.step, names)
         self._open_windows(due, moment)
         held = self.agenda.missing(moment, names)
-        self.looks.open(held, self._fields(held, 'activations'))
+        self.looks.open(held, self._fields(held, 'activations'), takes=self.publisher.choose_sites(held))
         self._held_window = self.looks.windows[-1] if held else None
 
     def _validated(self):
@@ -496,12 +496,12 @@ class Fit:
     def _open_windows(self, due, moment):
         open_already = {name for window in self.looks.windows if not window.start for name in window.metrics}
         due = [name for name in due if name not in open_already]
-        self.looks.open(due, self._fields(due, 'activations'))
+        self.looks.open(due, self._fields(due, 'activations'), takes=self.publisher.choose_sites(due))
         self.agenda.done(due, moment)
 
     def _open_start(self):
         names = self._at_start(['activations'])
-        self.looks.open(names, self._fields(names, 'activations'), start=True)
+        self.looks.open(names, self._fields(names, 'activations'), start=True, takes=self.publisher.choose_sites(names))
 
     def _fields(self, names, source):
         keys = additive_keys(self.metrics[name] for name in names)

@@ -22,6 +22,8 @@ Key = tuple[str, str]  # source and field
 Numbers = dict[Key, dict[str, np.ndarray | float]]  # Totals on the host, by the names of layers
 # What tells the share of numbers that are not finite, by source.
 _OF_SHARE = {'activations': ('nonfinite', 'samples', 'units')}
+# Fields that are made of Gram matrices.
+SPECTRA = ('spectrum', 'centred_spectrum')
 
 
 @dataclasses.dataclass
@@ -217,8 +219,13 @@ def to_host(tables: list[Totals]) -> list[Numbers]:
     return [{key: {layer: of(x) for layer, x in own.items()} for key, own in table.items()} for table in tables]
 
 
-def evaluate(metric: Metric, numbers: Numbers, before: Numbers | None = None,
-             recent: Numbers | None = None) -> tuple[dict, dict]:
+def takes_turns(metric: Metric) -> bool:
+    """ Whether a metric needs singular values, which are so expensive that layers may take turns. """
+    return any(need.field in SPECTRA for need in metric.needs)
+
+
+def evaluate(metric: Metric, numbers: Numbers, before: Numbers | None = None, recent: Numbers | None = None,
+             earlier: dict | None = None) -> tuple[dict, dict]:
     """
     The values of one metric.
 
@@ -231,6 +238,8 @@ def evaluate(metric: Metric, numbers: Numbers, before: Numbers | None = None,
         numbers (Dict[Tuple[str, str], Dict[str, ndarray | float]]): of all layers, by source and field
         before (Dict[Tuple[str, str], Dict[str, ndarray | float]] | None): the same at the last measurement
         recent (Dict[Tuple[str, str], Dict[str, ndarray | float]] | None): sums over the last ones, this one included
+        earlier (Dict[str, Dict[str, float]] | None): the columns of layers at their last turn, which stand where it
+            is not theirs
 
     Returns:
         Tuple[Dict[str, float], Dict[str, Dict[str, float]]]: the columns of
@@ -253,7 +262,7 @@ def evaluate(metric: Metric, numbers: Numbers, before: Numbers | None = None,
     skipped = [numbers.get((source, LEFT_OUT.get(source)), {}) for source in metric.sources]
     names = [name for name in tables[0] if all(name in table for table in known)
              and not any(table.get(name) for table in skipped)]
-    layers, finite = {}, []
+    layers, finite = dict(_waiting(metric, numbers, names, earlier or {})), []
     with np.errstate(all='ignore'):
         for name in names:
             columns = _checked(metric, metric.formula(*(table[name] for table in tables)))
@@ -274,10 +283,19 @@ def evaluate(metric: Metric, numbers: Numbers, before: Numbers | None = None,
                 return {'value': math.nan}, layers
             sums = [sum(table[name] for name in finite) for table in tables]
             return _checked(metric, metric.formula(*sums)), layers
+    finite += [name for name in layers if name not in names and not layers[name].get('nonfinite')]
     weights = {name: layers[name].get('units', 1.) for name in finite if math.isfinite(layers[name]['value'])}
     total = sum(weights.values())
     mean = sum(layers[name]['value'] * weight for name, weight in weights.items()) / total if total else math.nan
     return {'value': mean}, layers
+
+
+def _waiting(metric, numbers, names, earlier):
+    """ What stands of layers that were seen but have no spectrum now. """
+    for name, columns in earlier.items():
+        seen = all(name in numbers.get((source, 'nonfinite'), {}) for source in metric.sources)
+        if seen and name not in names and numbers.get(('activations', 'samples'), {}).get(name, 1.):
+            yield name, columns
 
 
 def _nonfinite_share(numbers, source, name):

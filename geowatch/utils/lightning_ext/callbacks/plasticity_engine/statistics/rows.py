@@ -102,6 +102,8 @@ class Rows(CallStatistic):
     Args:
         wanted (Callable[[int], int]): rows that a site with so many units may have in all
         fields (Collection[str]): those that are needed; a sum is made only then
+        takes (Callable[[Site, int, int], bool]): whether rows of a site are wanted, of so many units, and of so many
+            rows; by default of each
 
     Example:
         >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.statistics.calls import Call
@@ -118,9 +120,10 @@ class Rows(CallStatistic):
     """
     fields = ('gram', 'sum', 'rows')
 
-    def __init__(self, wanted, fields):
+    def __init__(self, wanted, fields, takes=lambda site, units, rows: True):
         self._wanted = wanted
         self._fields = fields
+        self._takes = takes
         self._share = 0.    # of all that will be seen, up to this batch
         self._chosen = {}   # site to the rows of this batch, and where its fields are
         self._waiting = {}  # site to rows that are not in the Gram matrix yet
@@ -133,6 +136,8 @@ class Rows(CallStatistic):
         """ See :class:`.CallStatistic`. """
         units = min(call.units, MAX_UNITS)
         if call.site not in self._chosen:
+            if not self._takes(call.site, units, self._wanted(units)):
+                return
             taken = int(own.setdefault('rows', 0.))
             quota = round(self._wanted(units) * self._share) - taken
             if quota < 1:

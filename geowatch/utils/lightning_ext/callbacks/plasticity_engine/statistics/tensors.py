@@ -9,9 +9,6 @@ from ..sharding import part_for_gram
 from .spectrum import gram
 from .sums import sums
 
-# What the eigenvalues of a matrix take, in products of it with itself: 1.5 of 2048, 4 of 256.
-_EIGENVALUES = 2
-
 
 class Gram:
     """
@@ -25,7 +22,6 @@ class Gram:
 
     Attributes:
         shape (Tuple[int, int]): of the Gram matrix
-        work (float): multiplications for it and its singular values
 
     Example:
         >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.statistics.tensors import Gram
@@ -40,28 +36,12 @@ class Gram:
         rows = tensor.shape[0]
         size = min(rows, tensor.numel() // rows)
         self.shape = (size, size)
-        self.work = spectral_work(size, max(rows, tensor.numel() // rows))
 
     def make(self):
         """ The matrix (Tensor), float64, of the part that this process holds. All that share the tensor call it. """
         part, share, side = part_for_gram(self._tensor)
         matrix = gram(part, side)
         return matrix if share == 1 else matrix.mul_(share)
-
-
-def spectral_work(size: int, rows: float) -> float:
-    """
-    Multiplications for the singular values of a matrix.
-
-    Args:
-        size (int): of its smaller side
-        rows (float): of its larger side
-
-    Returns:
-        float: for half of the Gram matrix, and for its eigenvalues, of which
-            one takes as long as several of a product
-    """
-    return size * size * (rows / 2 + _EIGENVALUES * size)
 
 
 def grams(tensors: dict[str, torch.Tensor], fields: Collection[str]) -> dict[str, dict]:

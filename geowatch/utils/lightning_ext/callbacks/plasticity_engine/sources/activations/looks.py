@@ -61,7 +61,7 @@ class Looks:
         self._looking = []
         self._refused = False
 
-    def open(self, metrics, fields, start=False):
+    def open(self, metrics, fields, start=False, **kwargs):
         """
         Open one window for all metrics that are due.
 
@@ -69,10 +69,11 @@ class Looks:
             metrics (List[str]): none is open already, but for the start
             fields (Collection[str]): additive ones that they need
             start (bool): it is of the network before its first step
+            **kwargs: see :class:`.window.Window`
         """
         if metrics:
             window = Window(metrics, fields, self._samples, self._processes, start,
-                            on_error=lambda failed: self._faults.fail(self._needing(metrics, failed)))
+                            on_error=lambda failed: self._faults.fail(self._needing(metrics, failed)), **kwargs)
             window.hidden = set()
             self.windows.append(window)
 

@@ -26,6 +26,7 @@ class Window:
         start (bool): it is of the network before its first step
         on_error (Callable | None): called with the fields that have failed and
             are not made any more; by default an error is raised
+        takes (Callable[[Site, int, int], bool]): whether rows of a site are wanted, see :class:`.rows.Rows`
 
     Attributes:
         examples (int): seen so far
@@ -50,14 +51,15 @@ class Window:
         (6, False, [[0.0, 1.0]])
     """
 
-    def __init__(self, metrics, fields, samples, processes=1, start=False, on_error=None):
+    def __init__(self, metrics, fields, samples, processes=1, start=False, on_error=None,
+                 takes=lambda site, units, rows: True):
         self.metrics = metrics
         self.start = start
         self.wanted = math.ceil(samples / processes)
         self.examples = self.batches = 0
         self.poll = Poll()
         # The paper's 2000 rows, and enough for the rank of a wide layer.
-        self._makers = makers_of(fields, lambda units: math.ceil(max(samples, 8 * units) / processes))
+        self._makers = makers_of(fields, lambda units: math.ceil(max(samples, 8 * units) / processes), takes)
         self._on_error = on_error
         self.hidden = None
         self.apart, self.ran = set(), set()
