@@ -22,6 +22,7 @@ from .lightning import (
     begins_anew,
     choose_source,
     has_stepped,
+    is_last_epoch,
     is_last_step,
     is_last_validation,
     is_over,
@@ -35,7 +36,7 @@ from .lightning import (
     validates_in_step,
     watched_by,
 )
-from .measurement import Reading, additive_keys, needing
+from .measurement import Reading, additive_keys, needing, takes_turns
 from .memory import Memory
 from .message import describe, grouped, why_missing
 from .places import new_run, open_lines
@@ -47,6 +48,9 @@ from .sources.activations.looks import Looks, layer_paths
 from .sources.activations.modules import FUSED_FUNCTIONS
 from .sources.weights import Trained, parameters_of, wanted, weights_of
 from .steps import Steps
+
+# What the user has not set an interval for and is expensive may cost 1 % of the time beyond its first 5 seconds.
+_THRIFT = '1%', 5.
 
 
 class Fit:
@@ -62,6 +66,7 @@ class Fit:
 
     Attributes:
         metrics (Dict[str, Metric]): those that are measured still
+        limited (Set[str]): those of them that wait where they would be too expensive
         source (str | None): 'train' or 'validation', where activations are seen
         run (str): which its lines are of
         moment (Moment): of the step that goes on
@@ -73,6 +78,8 @@ class Fit:
         self.settings = settings
         self.trainer = trainer
         self.metrics = {name: METRICS[name] for name in settings.intervals}
+        self.limited = {name for name, interval in settings.intervals.items() if settings.budget is not None
+                        or interval == 'auto' and takes_turns(METRICS[name])}
         self.source = None
         self.run = run
         self.moment = Moment(-1, None, False)
@@ -82,7 +89,7 @@ class Fit:
         # Some loggers broadcast here, so that every rank has to ask.
         self._log_dir, self._nth = trainer.log_dir, nth
         self.sinks = Sinks(trainer, list(self.metrics), settings.per_layer, settings.prog_bar, beside)
-        self.budget = None if settings.budget is None else Budget(settings.budget)
+        self.budget = Budget(*_THRIFT) if settings.budget is None else Budget(settings.budget)
         self.faults = Faults(self.processes.rank, self.budget)
         self.looks = Looks(settings.samples, self.processes.count, self._wants, self.faults, self._needing,
                            self._names)
@@ -128,6 +135,8 @@ class Fit:
                              self._of_activations() if self.source == 'train' else (), self.processes.count)
         self.publisher = Publisher(self)
         self._watched = watched_by(trainer.callbacks) & set(self.metrics)
+        if settings.budget is None:
+            self.limited -= self._watched
         # Processes have clocks of their own.
         self._timers = timers_of(trainer) if self.processes.count == 1 else []
         self._restore()
@@ -182,8 +191,8 @@ class Fit:
     def start_training(self, module):
         """ Measure the weights before the first step. """
         self.open(module)
-        if self.budget is not None:
-            self.budget.start(self.trainer.strategy.root_device)
+        # To wait for a device is only worth it for who asks for a share.
+        self.budget.start(None if self.settings.budget is None else self.trainer.strategy.root_device)
         self.sinks.show()
         self.steps.begin_training(self._walk(module), self._is_new, self._restored.get('sources'))
         if self._is_new:
@@ -206,6 +215,8 @@ class Fit:
         self.moment = moment = Moment(step, epoch, is_last_step(trainer, module))
         if self.first_step is None:
             self._begin_first_step(step)
+        if is_last_epoch(trainer):
+            self._wait_no_longer()
         self.agenda.begin(moment)
         of_steps = [name for name, metric in self.metrics.items() if not metric.sees_activations]
         if validates_in_step(trainer):
@@ -222,6 +233,11 @@ class Fit:
         if self.source == 'train':
             self._open_windows(self.agenda.due(step, self._of_activations()), moment)
             self._look(module, batch, batches_left(trainer))
+
+    def _wait_no_longer(self):
+        """ The end is measured whatever it costs, unless the user has set a budget. """
+        if self.settings.budget is None:
+            self.agenda.wait_no_longer(self.limited)
 
     def _begin_first_step(self, step):
         self.first_step = step
@@ -315,6 +331,11 @@ class Fit:
             readings += self._left_readings(module, left, moment)
         self.publisher.publish(readings)
 
+    def conclude_all(self, module):
+        """ The same where training is over, for what has waited, too. """
+        self._wait_no_longer()
+        self.conclude(module)
+
     def _left_readings(self, module, names, moment):
         """ What is there of a step when it is over: weights, and gradients unless somebody has changed them. """
         self.steps.open(names, moment.step)
@@ -340,6 +361,8 @@ class Fit:
             if self._is_new:
                 self._open_start()
             return
+        if is_last_epoch(self.trainer):
+            self._wait_no_longer()
         names, moment = self._of_activations(), self._validated()
         if moment.step != self._validated_step:
             self._validated_step = moment.step
@@ -402,7 +425,7 @@ class Fit:
         if self._is_open and self.processes.count == 1:
             self._restored = self.state_dict()  # a run that goes on from here measures it where it ends
             with self.faults.guard(list(self.metrics)):
-                self.conclude(module)
+                self.conclude_all(module)
         self.interrupt()
 
     def interrupt(self):

@@ -90,6 +90,14 @@ def validates_in_step(trainer) -> bool:
         batch_of(trainer) % trainer.accumulate_grad_batches)
 
 
+def is_last_epoch(trainer) -> bool:
+    """ Whether the limits of a run let no other epoch follow, as far as that is known as one begins. """
+    if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= trainer.current_epoch + 1:
+        return True
+    steps = trainer.num_training_batches / trainer.accumulate_grad_batches
+    return 0 < trainer.max_steps <= trainer.global_step + steps
+
+
 def may_be_last(trainer, pl_module) -> bool:
     """ Whether the run may well end with this step: in validation, or with the steps that a batch takes. """
     if validates_in_step(trainer):

@@ -46,7 +46,7 @@ class Publisher:
         self._fit = fit
         self._known_words = set(BUILT_IN)
         self._shared = None  # numbers of the budget that all processes know
-        self._rota = Rota(fit.budget.share if fit.budget else 0.01, fit.trainer.strategy.root_device)
+        self._rota = Rota(fit.budget.share, fit.trainer.strategy.root_device)
         self._sites = {}     # to their names, of hidden layers that were seen last
         self._in_turns = set()  # metrics of which it is said that layers take turns
 
@@ -73,7 +73,7 @@ class Publisher:
                 fit.sinks.write(own)
         measured = {line['metric'] for own in lines for line in own if line['step'] >= 0}
         self.measured |= measured
-        if fit.budget is not None and measured:
+        if measured:
             fit.budget.count(measured)
             self._keep_to_the_budget()
 
@@ -120,7 +120,7 @@ class Publisher:
                         for reading in readings],
                 'examples': [reading.window and reading.window.examples for reading in readings],
                 'layout': layout_of([reading.parts for reading in readings]) if fit.processes.count > 1 else [],
-                'spent': fit.budget and fit.budget.numbers()}
+                'spent': fit.budget.numbers()}
         except Exception:
             return self._failing(readings)
 
@@ -291,14 +291,14 @@ class Publisher:
     # --- the budget -----------------------------------------------------------
 
     def _keep_to_the_budget(self):
-        """ Let what is too expensive wait, on all processes alike, and say so. """
+        """ Let what is too expensive wait, on all processes alike, and say so if the user has set the budget. """
         fit = self._fit
         step = max(fit.moment.step, 0)
         # Several processes need the same numbers: what the first one knew when they last agreed.
         numbers = fit.budget.numbers() if fit.processes.count == 1 else self._shared
         # A run that goes on may begin with a validation, before any step of its own.
         steps = 1 if fit.first_step is None else max(step - fit.first_step, 0) + 1
-        schedules = fit.agenda.schedules
+        schedules = {name: schedule for name, schedule in fit.agenda.schedules.items() if name in fit.limited}
         asked = {name: steps_of(schedule, fit.trainer, steps, numbers['seconds'])
                  for name, schedule in schedules.items()}
         overhead, waits = fit.budget.plan(numbers, steps, asked)
@@ -307,5 +307,7 @@ class Publisher:
             wait = waits.get(name, 0)
             schedule.wait(step + wait)
             intervals[name] = wait if wait > asked[name] else schedule.steps or schedule.interval
+        if fit.settings.budget is None:
+            return
         fit.sinks.write([{'metric': 'overhead', 'step': step, 'epoch': fit.trainer.current_epoch, 'time': time.time(),
                           'samples': None, 'value': overhead, 'layers': {}, 'intervals': intervals}], dashboard=False)
