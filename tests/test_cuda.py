@@ -7,9 +7,11 @@ Times on a GPU are measured by ``tests/benchmarks/gpu.py``.
 """
 import contextlib
 import functools
+import json
 import tempfile
 import types
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -379,3 +381,22 @@ def test_who_waits_is_seen():
                 wait()
         x.cpu()
         assert crossings.found == [{'cpu', 'cuda'}]
+
+
+# --- the benchmark -----------------------------------------------------------------
+
+def test_the_benchmark_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / 'benchmarks'))
+    import gpu
+    gpu.main(['--device=cpu', '--small', '--skip-tests', '--repeats=1', '--metrics=weight_mag,paper',
+              f'--out={tmp_path / "results.json"}'])
+    results = json.loads((tmp_path / 'results.json').read_text())
+    printed = capsys.readouterr().out
+    for name in gpu.NETWORKS:
+        assert f'### {name}: ' in printed
+        for metrics in ('weight_mag', 'paper'):
+            own = results[name][metrics]
+            assert own['measured'] and own['plain']['seconds'] > 0 == own['plain']['wait']
+            assert 0 < own['logged']['wait'] < own['logged']['seconds']
+            assert own['between']['wait'] == 0
+    assert printed.count('| paper |') == 2 and 'no value' not in printed
