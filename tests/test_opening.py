@@ -159,6 +159,38 @@ def test_an_end_that_we_are_not_told_of(tmp_path, how):
     assert not left_behind() and eval_frame._stance.stance == 'default'
 
 
+class PartlyCompiled(Net):
+    def __init__(self):
+        super().__init__()
+        self.fc2 = torch.compile(self.fc2, backend='eager')
+
+
+@pytest.mark.parametrize('leaves', ['on_before_backward', 'on_train_batch_end'])
+def test_no_warning_of_our_hooks(tmp_path, leaves):
+    """ Torch has one for modules that are compiled, which may be an error; and what is shown is as it was. """
+    holds = Holds(lambda: warnings.catch_warnings(record=True), 'on_train_batch_start', leaves)
+    before = list(warnings.filters)
+    warnings.filterwarnings('error', message='Using `torch.compile')
+    own = list(warnings.filters)
+    assert own != before
+    _, trainer, lines, _ = fit(tmp_path, PlasticityMonitor('dead_units@1', source='train', samples=4),
+                               make_net(PartlyCompiled), callbacks=[holds], max_epochs=1, validate=False)
+    assert trainer.global_step == 5 and len(lines_of(lines, 'dead_units')) == 5
+    assert warnings.filters == own and len(holds.seen) == 5
+    with left_open(make_net(PartlyCompiled)) as net, pytest.raises(UserWarning, match='global hooks'):
+        net(make_data())
+
+
+@contextlib.contextmanager
+def left_open(net):
+    """ Hooks of others. """
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *args: None)
+    try:
+        yield net
+    finally:
+        handle.remove()
+
+
 class Decorated(Net):
     """ One method of it is compiled. """
 

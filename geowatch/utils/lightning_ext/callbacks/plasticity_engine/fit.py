@@ -28,10 +28,10 @@ from .lightning import (
     is_over,
     may_be_last,
     resolve,
-    scale_of,
     step_of,
     steps_until_an_end,
     timers_of,
+    unscales_itself,
     validates_by_time,
     validates_in_step,
     watched_by,
@@ -260,7 +260,7 @@ class Fit:
 
     def before_step(self, module, optimizer):
         """ Let sources see the gradients, and the weights before an optimizer steps. """
-        self.last.before_step(optimizer, self._scales and scale_of(self.trainer, optimizer) != 1)
+        self.last.before_step(optimizer, self._scales and unscales_itself(optimizer))
         # Of manual optimization torch tells, also of optimizers that Lightning does not know.
         if self._is_awake and (self._handle is None or module.automatic_optimization
                                or not isinstance(optimizer, torch.optim.Optimizer)):

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import torch
 
+from .statistics.sums import double
+
 
 class Moment(NamedTuple):
     """
@@ -195,12 +197,19 @@ def validates_by_time(trainer) -> bool:
             and trainer.fit_loop.epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher))
 
 
-def scale_of(trainer, optimizer):
-    """ What the gradients are multiplied by now. A fused optimizer unscales by itself, later. """
+def unscales_itself(optimizer) -> bool:
+    """ Whether an optimizer takes gradients as a GradScaler has scaled them, as fused ones do. """
+    return getattr(optimizer, '_step_supports_amp_scaling', False)
+
+
+def scale_of(trainer, optimizer) -> float | torch.Tensor:
+    """ What gradients are multiplied by as an optimizer begins to step; a Tensor where only the device knows. """
     scaler = scaler_of(trainer)
-    if scaler is not None and getattr(optimizer, '_step_supports_amp_scaling', False):
-        return scaler.get_scale()
-    return 1.
+    if scaler is None or not unscales_itself(optimizer):
+        return 1.
+    # A private name, since the public one waits for the device.
+    scale = getattr(scaler, '_scale', None)
+    return scaler.get_scale() if scale is None else double(scale)
 
 
 def scaler_of(trainer):

@@ -4,6 +4,8 @@ What sources have in common whose statistics are those of one optimizer step.
 Each says when it looks: as a batch begins, before an optimizer steps, and when
 the step is over. What it has found is taken with ``take``.
 """
+import torch
+
 from ..statistics.spectrum import made
 from ..statistics.tensors import functions_of
 
@@ -86,7 +88,7 @@ class StepSource:
         """ A micro-batch has been through backward. """
 
     def before_step(self, weights, scale):
-        """ An optimizer is about to step on some weights, whose gradients are scaled by a number. """
+        """ An optimizer is about to step on some weights, whose gradients are multiplied by a number or 0-d Tensor. """
 
     def end_step(self, weights):
         """ All optimizers of the batch have stepped. """
@@ -110,7 +112,8 @@ class StepSource:
         for function, fields in functions_of(self.fields).items():
             with self._guard(self.name, fields):
                 for field, own in function(tensors, fields).items():
-                    power = scale ** POWERS.get(field, 0)
                     own = own if self.stays else {layer: made(x) for layer, x in own.items()}
-                    own = own if power == 1 else {layer: x / power for layer, x in own.items()}
+                    # Of a tensor only the device knows whether it is 1.
+                    if POWERS.get(field) and (isinstance(scale, torch.Tensor) or scale != 1):
+                        own = {layer: x / scale ** POWERS[field] for layer, x in own.items()}
                     self._found.setdefault(field, {}).update(own)

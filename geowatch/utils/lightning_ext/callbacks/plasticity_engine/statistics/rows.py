@@ -1,6 +1,8 @@
 """
 Rows of the feature matrix of each layer: an even choice of its examples and positions, and their Gram matrix.
 """
+import functools
+
 import torch
 
 from . import CallStatistic
@@ -86,13 +88,14 @@ def _take(call, chosen, offset, units):
             index.insert(0, place % size)
             place = place // size
         rows = features[tuple(index)]
-    return rows if units == call.units else rows[:, _choice(call.units, units).to(rows.device)]
+    return rows if units == call.units else rows[:, _choice(call.units, units, rows.device)]
 
 
-def _choice(units, most):
+@functools.lru_cache(maxsize=64)  # what is new on a device is waited for there
+def _choice(units, most, device):
     """ The same choice on every batch, process and run, without touching the generators of the run. """
     generator = torch.Generator().manual_seed(0)
-    return torch.randperm(units, generator=generator)[:most].sort().values
+    return torch.randperm(units, generator=generator)[:most].sort().values.to(device)
 
 
 class Rows(CallStatistic):

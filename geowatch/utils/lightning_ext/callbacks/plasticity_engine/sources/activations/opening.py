@@ -7,12 +7,17 @@ the last one in: a mode of ours lies below the user's, a stance of ours turns
 into the one that was there. Going back starts from whatever is on, so that it
 can be interrupted anywhere and done again.
 """
+import re
 import sys
 import threading
+import warnings
 
 import torch
 
 _open = {}  # id of an Opening to its thread
+# Of global hooks torch warns where a part of the model is a compiled module. Who makes errors of
+# warnings would get one in the middle of the model.
+_NEEDLESS = re.compile(r'Using `torch\.compile\(module\)` when there are global hooks')
 
 
 class Opening:
@@ -42,6 +47,8 @@ class Opening:
         self._hooks = hooks
         self._stance = self._stance_before = None
         self._wanted = None  # the stack of modes, while it is built anew
+        self._filters = []   # the warnings that are shown
+        self._silence = 'ignore', _NEEDLESS, UserWarning, None, 0
 
     def open(self):
         """ Switch on; after an error, close() undoes what there is. """
@@ -51,6 +58,9 @@ class Opening:
             from torch._dynamo import eval_frame
             self._stance_before, self._stance = eval_frame._stance, eval_frame.DynamoStance('force_eager')
             eval_frame._set_stance(self._stance)
+        # Not by the function for it, after which warnings that were said once are said again.
+        self._filters = warnings.filters
+        self._filters.insert(0, self._silence)
         self._hooks.attach()
         self.push()
 
@@ -79,6 +89,9 @@ class Opening:
             if eval_frame._stance is self._stance:
                 eval_frame._set_stance(self._stance_before)
             self._stance = None
+        # Whoever has copied the list meanwhile brings back the one that was there.
+        for filters in (self._filters, warnings.filters):
+            filters[:] = [one for one in filters if one is not self._silence]
         _open.pop(id(self), None)
 
     def _build(self, wanted):
