@@ -37,6 +37,7 @@ def nothing_is_left():
     yield
     gc.collect()
     assert not left_behind() and eval_frame._stance == eval_frame.DynamoStance() and not opening._open
+    assert not hasattr(torch.export._trace._export, 'of_torch')
 
 
 class Doubles(TorchFunctionMode):
@@ -212,6 +213,36 @@ def test_calls_that_are_not_like_the_others(tmp_path, cls, capsys):
     assert trainer.global_step == 5 and 'Traceback' not in capsys.readouterr().out
     for tag in ('dead_units', 'feature_erank', 'sign_entropy', 'weight_mag'):
         assert lines_of(lines, tag) and lines_of(lines, tag)[-1]['value'] is not None
+
+
+class Exports(Net):
+    """ Exports a part of itself once, before its forward pass. """
+    strict, in_training, exported = True, True, None
+
+    def forward(self, x):
+        if self.exported is None and self.training == self.in_training:
+            self.is_looked_at = bool(opening._open)
+            inner = torch.nn.Sequential(self.fc1, self.act, self.fc2, torch.nn.Tanh())
+            program = torch.export.export(inner, (x[:2],), strict=self.strict)
+            stacks = [(list(node.meta.get('nn_module_stack', {}).values()), node.meta.get('stack_trace'))
+                      for node in program.graph.nodes]
+            self.exported = str(program), stacks
+        return super().forward(x)
+
+
+@pytest.mark.parametrize('source, strict', [('train', True), ('validation', True), ('train', False)])
+def test_what_is_exported_meanwhile(tmp_path, source, strict):
+    """ Is what it would be without us, and what runs after it is seen. """
+    def run(monitor, name):
+        net = make_net(Exports)
+        net.strict, net.in_training = strict, source == 'train'
+        _, trainer, lines, _ = fit(tmp_path / name, monitor, net, n=9, max_epochs=1, num_sanity_val_steps=0,
+                                   validate=source == 'validation')
+        assert trainer.global_step == 2 and net.is_looked_at == (name == 'with')
+        return net.exported, lines
+    exported, lines = run(PlasticityMonitor('dead_units@1,feature_erank', source=source, samples=8), 'with')
+    assert exported == run(pl.Callback(), 'without')[0]
+    assert set(lines_of(lines, 'dead_units')[-1]['layers']) == {'act', 'relu'}
 
 
 # --- interrupted anywhere ---------------------------------------------------------

@@ -9,7 +9,7 @@ from ...statistics.calls import Call
 from ..weights import clean_name
 from .capture import Capture
 from .experts import alike, of_idle_siblings
-from .opening import is_open_elsewhere
+from .opening import is_open_elsewhere, know_exports
 from .window import Window
 
 
@@ -60,6 +60,7 @@ class Looks:
         self._capture = None
         self._looking = []
         self._refused = False
+        know_exports()
 
     def open(self, metrics, fields, start=False):
         """
