@@ -242,6 +242,14 @@ def fault_of(fault, rank):
         METRICS[name] = dataclasses.replace(METRICS[name], formula=failing(METRICS[name].formula))
     elif name == 'gram':
         tensors.gram = failing(tensors.gram)
+    elif name == 'one site':
+        add = statistics_of_calls.Away.add
+
+        def fails_at_one(self, own, call):
+            if call.site.layer == 'fc2':
+                raise RuntimeError('fault of one site')
+            add(self, own, call)
+        statistics_of_calls.Away.add = fails_at_one
     elif name == 'sums':
         tensors.STATISTICS[failing(tensors.sums)] = tensors.STATISTICS.pop(tensors.sums)
     else:

@@ -181,6 +181,23 @@ def test_what_fails_between_statistics_and_numbers(tmp_path, name, where):
     ran.collectives()  # the same on all
 
 
+@pytest.mark.parametrize('where', [1, None])
+def test_a_site_that_fails(tmp_path, one, where):
+    """ On one process it is measured from the others, on all it is left out; all else is as it was. """
+    ran = Ran(tmp_path, 2, fault=('one site', where, 0), monitor={'source': 'train'}, epochs=1)
+    said = ''.join(ran.said)
+    assert 'Traceback' not in said and said.count('relu that failed: RuntimeError in process_runs.py:') == 1
+    assert {line['metric'] for line in ran.lines} == set(TAGS)
+    expected = {(line['metric'], line['step']): line['layers'] for line in one['ddp', 'train']}
+    for line in ran.lines:
+        if line['metric'] in ACTIVATIONS:
+            layers = expected[line['metric'], line['step']]
+            assert set(layers) - set(line['layers']) == (set() if where else {'relu'})
+            for layer, own in line['layers'].items():
+                assert layer == 'relu' or own == pytest.approx(layers[layer], rel=1e-6)
+    ran.collectives()
+
+
 def test_what_takes_several_rounds(tmp_path, one):
     ran = Ran(tmp_path, 2, how='branch', fault=('small buffers', None, 0), monitor={'source': 'train'})
     same(*([line for line in lines if line['metric'] not in NOISE] for lines in (ran.lines, one['ddp', 'train'])))

@@ -498,10 +498,14 @@ class Fit:
         if self.first_step is None or step < self.first_step:
             self._drop_lines_after_checkpoint(lambda row: row['step'] == step and row['metric'] in metrics)
 
+    def unsaid(self):
+        """ Modules in which activations ran that could not be seen, and why (Dict[str, str]). """
+        return {path: why for path, why in self.looks.unseen.items()
+                if path not in self._said and why not in FUSED_FUNCTIONS}  # those are named at the start
+
     def say_unseen(self):
         """ Name the modules in which activations ran that could not be seen, each once. """
-        reasons = {path: why for path, why in self.looks.unseen.items()
-                   if path not in self._said and why not in FUSED_FUNCTIONS}  # those are named at the start
+        reasons = self.unsaid()
         self._said.update(reasons)
         if reasons and self.trainer.is_global_zero:
             say(f'PlasticityMonitor: not seen: {"; ".join(grouped(reasons))}')

@@ -86,6 +86,8 @@ class Publisher:
         self._shared = messages[0]['spent']
         fit.agenda.set_the_clock(fit.moment.step, messages[0]['now'])
         layouts = [message['layout'] for message in messages]
+        for message in messages:
+            fit.looks.unseen |= message['unseen']
         self._switch_off(messages, contradictions(layouts))
         if len({len(message['has']) for message in messages}) > 1:
             self._drop(list(fit.metrics))  # a process that failed between two steps is not where the others are
@@ -120,7 +122,7 @@ class Publisher:
                         for reading in readings],
                 'examples': [reading.window and reading.window.examples for reading in readings],
                 'layout': layout_of([reading.parts for reading in readings]) if fit.processes.count > 1 else [],
-                'spent': fit.budget.numbers()}
+                'spent': fit.budget.numbers(), 'unseen': fit.unsaid()}
         except Exception:
             return self._failing(readings)
 
@@ -128,7 +130,8 @@ class Publisher:
         """ What the others hear from this process inside an except block, whatever is wrong here. """
         self._fit.faults.fail(list(self._fit.metrics))
         return {'failed': sorted(self._fit.faults.failed), 'now': time.monotonic(), 'pace': self._rota.pace,
-                'has': [[] for _ in readings], 'examples': [0 for _ in readings], 'layout': [], 'spent': None}
+                'has': [[] for _ in readings], 'examples': [0 for _ in readings], 'layout': [],
+                'spent': self._fit.budget.numbers(), 'unseen': {}}
 
     @staticmethod
     def _is_complete(reading, examples):

@@ -116,8 +116,8 @@ class Rows(CallStatistic):
         >>> for _ in range(4):
         >>>     rows.begin_batch(0.25)
         >>>     rows.add(own, Call('fc1', torch.ones(50, 3), 1))
-        >>>     rows.end_batch()
-        >>> rows.finish()
+        >>>     rows.end_batch(own, 'fc1')
+        >>> rows.finish(own, 'fc1')
         >>> own['rows'], own['gram'][2].tolist(), own['sum'].tolist()
         (10.0, [10.0, 10.0, 10.0], [10.0, 10.0, 10.0])
     """
@@ -128,7 +128,7 @@ class Rows(CallStatistic):
         self._fields = fields
         self._takes = takes
         self._share = 0.    # of all that will be seen, up to this batch
-        self._chosen = {}   # site to the rows of this batch, and where its fields are
+        self._chosen = {}   # site to the rows of this batch
         self._waiting = {}  # site to rows that are not in the Gram matrix yet
 
     def begin_batch(self, share):
@@ -145,28 +145,33 @@ class Rows(CallStatistic):
             quota = round(self._wanted(units) * self._share) - taken
             if quota < 1:
                 return
-            self._chosen[call.site] = own, _Chosen(quota, taken)
-        self._chosen[call.site][1].add(call, units)
+            self._chosen[call.site] = _Chosen(quota, taken)
+        self._chosen[call.site].add(call, units)
 
-    def end_batch(self):
+    def end_batch(self, own, site):
         """ See :class:`.CallStatistic`. """
-        for site, (own, chosen) in self._chosen.items():
+        chosen = self._chosen.pop(site, None)
+        if chosen is not None:
             rows = chosen.rows()
             own['rows'] += len(rows)
-            waiting = self._waiting.setdefault(site, (own, []))[1]
+            waiting = self._waiting.setdefault(site, [])
             waiting.append(rows)
             if sum(map(len, waiting)) >= max(_WAITING, rows.shape[1] // 2):
-                self._flush(site)
-        self._chosen = {}
+                self._flush(own, site)
 
-    def finish(self):
+    def forget(self, site):
         """ See :class:`.CallStatistic`. """
-        self.end_batch()
-        for site in list(self._waiting):
-            self._flush(site)
+        self._chosen.pop(site, None)
+        self._waiting.pop(site, None)
 
-    def _flush(self, site):
-        own, waiting = self._waiting.pop(site)
+    def finish(self, own, site):
+        """ See :class:`.CallStatistic`. """
+        self.end_batch(own, site)
+        if site in self._waiting:
+            self._flush(own, site)
+
+    def _flush(self, own, site):
+        waiting = self._waiting.pop(site)
         rows = waiting[0] if len(waiting) == 1 else torch.cat(waiting)
         own['gram'] = gram(rows, 'columns', own.get('gram'))
         if 'sum' in self._fields:
