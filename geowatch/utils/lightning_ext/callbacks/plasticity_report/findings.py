@@ -8,6 +8,7 @@ import math
 from .foreign import readable
 from .scalars import find_scalar
 from .settings import compared_settings
+from .verdicts import judge, rank
 from .words import describe, in_order
 
 
@@ -138,6 +139,8 @@ class Table:
         under (str | None): the scalar that is drawn under each metric
         under_trends (List[Trend | None]): per run
         more_settings (int): how many others differ between the runs
+        verdicts (List[Verdict]): per run
+        order (List[int]): indices of runs, best first
     """
     runs: list
     settings: dict
@@ -145,6 +148,8 @@ class Table:
     under: str | None
     under_trends: list
     more_settings: int = 0
+    verdicts: list = dataclasses.field(default_factory=list)
+    order: list = dataclasses.field(default_factory=list)
 
     def labels(self):
         """ Names of runs with the settings in which they differ, where the name does not hold them. """
@@ -195,8 +200,9 @@ def make_table(runs, under=None):
                for name, points in run.metrics.items()} for run in runs]
     scalars = [find_scalar(run, under) if under else None for run in runs]
     settings, more = compared_settings(runs)
+    verdicts = judge(runs, under)
     return Table(runs, settings, trends, under, [trend(list(s), list(s.values())) if s else None for s in scalars],
-                 more)
+                 more, verdicts, rank(runs, verdicts, under))
 
 
 @dataclasses.dataclass
