@@ -1,0 +1,227 @@
+"""
+How often the verdicts of the report are right: sweeps on the small digits of scikit-learn, with known accuracy.
+
+Trains sweeps of 5 learning rates x 3 batch sizes of several networks, with the default settings of the monitor, and
+compares what the report says with what each network can do at the end. About ten minutes on one core.
+
+CommandLine:
+    python docs/make_verdict_table.py train --out=sweeps
+    python docs/make_verdict_table.py judge --out=sweeps --half=tuned
+    python docs/make_verdict_table.py judge --out=sweeps --half='held out'
+
+What is true of a run is written down here, before any rule was. A run's gain is what it has won of what the best run of
+its sweep has won over the fresh network: in accuracy on images that no run was trained on, or in loss where there is no
+accuracy. A gain of 0.9 is 'good'. What has less is 'too high' where its learning rate is above that of the best run with
+the same batch size, and 'too low' where it is below it; that best run itself is 'between' and does not count. A run is
+'dead' where it is too high with a gain below 0.1.
+"""
+import json
+import logging
+import math
+import os
+import random
+import warnings
+from pathlib import Path
+
+import pytorch_lightning as pl
+import scriptconfig as scfg
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+# Where the whole of geowatch is installed too, it would ask for GDAL.
+os.environ.setdefault('GEOWATCH_PREIMPORT', '0')
+
+EPOCHS = 8
+BATCH_SIZES = (16, 48, 128)
+RATES = {'SGD': (1e-3, 1e-2, 1e-1, 1., 10.), 'AdamW': (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)}
+WORDS = {'learned': 'good', 'slow': 'too low', 'hardly moved': 'too low', 'diverged': 'too high',
+         'collapsed': 'too high', '': '?'}
+
+
+def mlp(act=nn.ReLU):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 128), act(), nn.Linear(128, 128), act(), nn.Linear(128, 10))
+
+
+def cnn():
+    return nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 32, 3, padding=1),
+                         nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10))
+
+
+def batch_norm():
+    layers = [layer for width in (64, 96, 96) for layer in (nn.Linear(width, 96), nn.BatchNorm1d(96), nn.ReLU())]
+    return nn.Sequential(nn.Flatten(), *layers, nn.Linear(96, 10))
+
+
+class Transformer(nn.Module):
+    """ The rows of an image are its tokens. """
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.place = nn.Linear(8, 32), nn.Parameter(0.02 * torch.randn(8, 32))
+        layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0., batch_first=True, norm_first=True)
+        self.blocks = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(32, 10)
+
+    def forward(self, x):
+        return self.head(self.blocks(self.embed(x[:, 0]) + self.place).mean(1))
+
+
+class Residual(nn.Module):
+    """ A convolution, and three blocks that add to it. """
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(1, 16, 3, stride=2, padding=1)
+        self.blocks = nn.ModuleList([nn.Sequential(
+            nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1))
+            for _ in range(3)])
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        for block in self.blocks:
+            x = F.relu(x + block(x))
+        return self.head(x.mean((2, 3)))
+
+
+def autoencoder():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 12), nn.ReLU(), nn.Linear(12, 64),
+                         nn.ReLU(), nn.Linear(64, 64))
+
+
+NETWORKS = {'MLP': mlp, 'CNN': cnn, 'transformer': Transformer, 'MLP with BatchNorm': batch_norm,
+            'residual CNN': Residual, 'MLP with tanh': lambda: mlp(nn.Tanh), 'autoencoder': autoencoder,
+            'MLP with GELU': lambda: mlp(nn.GELU)}
+SWEEPS = [(network, optimizer) for network in NETWORKS for optimizer in RATES]
+
+
+def halves():
+    """ Drawn before any rule was made: which sweeps they were made on, and which were only looked at afterwards. """
+    tuned = random.Random(17).sample(SWEEPS, len(SWEEPS) // 2)
+    return {'tuned': [sweep for sweep in SWEEPS if sweep in tuned],
+            'held out': [sweep for sweep in SWEEPS if sweep not in tuned]}
+
+
+def digits():
+    """ Two thirds to train on, the rest to validate. """
+    from sklearn.datasets import load_digits
+    found = load_digits()
+    images, labels = torch.tensor(found.images).float()[:, None] / 16, torch.tensor(found.target)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    return [TensorDataset(images[own], labels[own]) for own in (order[:1200], order[1200:])]
+
+
+class Net(pl.LightningModule):
+    """ Logs as people do: a loss of training, and of validation a loss and an accuracy. """
+
+    def __init__(self, network, optimizer, lr, batch_size):
+        super().__init__()
+        self.save_hyperparameters()
+        self.net = NETWORKS[network]()
+        self.has_labels = network != 'autoencoder'
+
+    def losses(self, batch):
+        images, labels = batch
+        out = self.net(images)
+        if self.has_labels:
+            return F.cross_entropy(out, labels), (out.argmax(1) == labels).float().mean()
+        return F.mse_loss(out, images.flatten(1)), None
+
+    def training_step(self, batch, batch_idx):
+        loss, _ = self.losses(batch)
+        self.log('train_loss', loss)
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        loss, accuracy = self.losses(batch)
+        self.log('val_loss', loss)
+        if accuracy is not None:
+            self.log('val_acc', accuracy)
+
+    def configure_optimizers(self):
+        return getattr(torch.optim, self.hparams.optimizer)(self.parameters(), lr=self.hparams.lr)
+
+    @torch.no_grad()
+    def measure(self, data):
+        """ Loss and accuracy on all examples. """
+        self.eval()
+        loss, accuracy = self.losses(data.tensors)
+        self.train()
+        return [loss.item(), None if accuracy is None else accuracy.item()]
+
+
+def train(folder, network, optimizer, lr, batch_size, seed=0):
+    """
+    One run, and what is true of it.
+
+    Args:
+        folder (Path): for its logs; truth.json comes last
+        network (str): a key of NETWORKS
+        optimizer (str): a key of RATES
+        lr (float): learning rate
+        batch_size (int): images in a step
+        seed (int): of all random numbers
+    """
+    from geowatch.utils.lightning_ext.callbacks.plasticity import PlasticityMonitor
+    pl.seed_everything(seed, verbose=False)
+    training, validation = digits()
+    net = Net(network, optimizer, lr, batch_size)
+    before = net.measure(validation)
+    trainer = pl.Trainer(max_epochs=EPOCHS, accelerator='cpu', default_root_dir=folder, enable_progress_bar=False,
+                         enable_model_summary=False, enable_checkpointing=False, callbacks=[PlasticityMonitor()])
+    trainer.fit(net, DataLoader(training, batch_size, shuffle=True), DataLoader(validation, batch_size))
+    truth = {'before': before, 'after': net.measure(validation), 'training': net.measure(training)}
+    (folder / 'truth.json').write_text(json.dumps(truth))
+
+
+def train_all(out, sweeps):
+    """ All that is not there yet, each run in a folder of its own. """
+    for network, optimizer in sweeps:
+        for lr in RATES[optimizer]:
+            for batch_size in BATCH_SIZES:
+                folder = out / f'{network} {optimizer}' / f'lr{lr:g}-bs{batch_size}'
+                if not (folder / 'truth.json').exists():
+                    folder.mkdir(parents=True, exist_ok=True)
+                    train(folder, network, optimizer, lr, batch_size)
+        print(f'{network}, {optimizer}: trained', flush=True)
+
+
+def gain_of(truth, best):
+    """ What a run has won of what the best has won over the fresh network: 1 for the best, 0 for nothing. """
+    column = 0 if truth['after'][1] is None else 1
+    sign = 1 if column else -1
+    won = sign * (truth['after'][column] - truth['before'][column])
+    return won / best if math.isfinite(won) else -math.inf
+
+
+class MakeVerdictTableCLI(scfg.DataConfig):
+    """
+    How often the verdicts of the report are right.
+    """
+    what = scfg.Value('judge', position=1, choices=['train', 'judge'], help='train the sweeps, or judge what is there')
+    out = scfg.Value('sweeps', type=str, help='folder of the sweeps')
+    half = scfg.Value('tuned', choices=['tuned', 'held out'], help='which half to judge')
+    verbose = scfg.Value(False, isflag=True, help='print each verdict that is wrong')
+
+    @classmethod
+    def main(cls, cmdline=1, **kwargs):
+        """
+        Args:
+            cmdline (bool | List[str]): where arguments come from
+            **kwargs: defaults of the arguments
+        """
+        config = cls.cli(cmdline=cmdline, data=kwargs, strict=True)
+        out = Path(config.out).resolve()
+        if config.what == 'train':
+            for name in ('pytorch_lightning', 'lightning.pytorch', 'lightning.fabric'):
+                logging.getLogger(name).setLevel(logging.ERROR)
+            warnings.simplefilter('ignore')
+            torch.set_num_threads(1)
+            for sweeps in halves().values():
+                train_all(out, sweeps)
+
+
+if __name__ == '__main__':
+    MakeVerdictTableCLI.main()
