@@ -14,7 +14,7 @@ WORST = f'{LAYERS}/worst'
 HOW_TO_READ = 'plasticity/how_to_read'
 MOST_NAMED = 3
 MOST_BINS = 30
-# Layers of which a histogram would show nothing but bars of one.
+# Layers of which a histogram would show nothing but bars of one: the band says more.
 FEW = 8
 # What others log, on the same page: tags are matched from their start.
 _LOSS = r'(?i)(?!.*plasticity).*loss'
@@ -31,7 +31,7 @@ class Dashboard:
     Where                              What
     =================================  ==================================================
     Custom scalars                     the loss, validation, and a chart for each metric
-    Custom scalars, few layers         each metric with the band of its layers
+    Custom scalars, second page        each metric with the band of its layers
     ``plasticity_layers/<metric>``     histogram over the layers, where they are many
     ``plasticity_layers/worst``        text: the layers that are worst, metric by metric
     ``plasticity/how_to_read``         text: what each tag is, and what is worth a look
@@ -65,29 +65,10 @@ class Dashboard:
         self._logger = logger
         self._tags = list(tags)
         self._prefix = prefix_of(logger)
-        self._has_few = None  # whether the network has few layers, once that is known
         self._has_layout = False
         self._starts = {}   # metric to the first finite value of each of its layers
         self._written = {}  # metric to how often, and at which step last
         self._lines = {}    # metric to its line in the text, as it was last measured
-
-    def band(self, rows):
-        """
-        The lowest and the highest layer of each metric, where there are few layers.
-
-        Args:
-            rows (List[dict]): as in plasticity.jsonl
-
-        Returns:
-            Dict[str, float]: by tag, for the margin charts
-        """
-        if self._has_few is None and any(row['layers'] for row in rows):
-            self._has_few = max(len(row['layers']) for row in rows) <= FEW
-        found = {}
-        for row in rows if self._has_few else ():
-            values = [own['value'] for own in row['layers'].values() if own['value'] is not None] or [math.nan]
-            found.update(zip(_band_of(row['metric']), (min(values), max(values)), strict=True))
-        return found
 
     def due(self, scalars, step, rows):
         """
@@ -115,7 +96,7 @@ class Dashboard:
         if not self._has_layout:
             # TensorBoard heeds the first one in a run, and users add theirs at the start.
             self._has_layout = True
-            writer.add_custom_scalars(layout(self._tags, self._has_few, self._prefix))
+            writer.add_custom_scalars(layout(self._tags, self._prefix))
             writer.add_text(HOW_TO_READ, table_of(self._tags), step)
         for row in rows:
             metric = row['metric']
@@ -124,7 +105,7 @@ class Dashboard:
             finite = {name: value for name, value in layers.items() if math.isfinite(value)}
             for name, value in finite.items():
                 starts.setdefault(name, value)
-            if finite and not self._has_few:
+            if len(finite) > FEW:
                 # Its default of 1550 bins for any number would take most of the time of a logged step's logging.
                 writer.add_histogram(f'{LAYERS}/{metric}', np.array([*finite.values()]), step, bins=MOST_BINS)
             self._lines[metric] = line_of(metric, starts, layers)
@@ -137,6 +118,28 @@ class Dashboard:
         if due:
             self._written[metric] = count + 1, step
         return due
+
+
+def band(rows):
+    """
+    The lowest and the highest layer of each metric.
+
+    Args:
+        rows (List[dict]): as in plasticity.jsonl
+
+    Returns:
+        Dict[str, float]: by tag, for charts of bands, which want the same steps as the metric has
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.dashboard import band
+        >>> band([{'metric': 'erank', 'layers': {'fc1': {'value': 2.}, 'fc2': {'value': 3.}}}])
+        {'plasticity_layers/erank/lowest': 2.0, 'plasticity_layers/erank/highest': 3.0}
+    """
+    found = {}
+    for row in rows:
+        values = [own['value'] for own in row['layers'].values() if own['value'] is not None] or [math.nan]
+        found.update(zip(_band_of(row['metric']), (min(values), max(values)), strict=True))
+    return found
 
 
 def _band_of(metric):
@@ -170,13 +173,12 @@ def prefix_of(logger):
     return f'{prefix}{getattr(logger, "LOGGER_JOIN_CHAR", "-")}' if prefix else ''
 
 
-def layout(tags, has_few=False, prefix=''):
+def layout(tags, prefix=''):
     """
-    Custom scalars: the loss and a chart per tag, and where layers are few, a page with their bands.
+    Custom scalars: a page with the loss and a chart per tag, and one with the bands of their layers.
 
     Args:
         tags (List[str]): under ``plasticity/``
-        has_few (bool): whether the network has few layers
         prefix (str): before each tag
 
     Returns:
@@ -184,7 +186,7 @@ def layout(tags, has_few=False, prefix=''):
 
     Example:
         >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.dashboard import layout
-        >>> pages = layout(['erank'], has_few=True)
+        >>> pages = layout(['erank'])
         >>> list(pages['plasticity']), pages['plasticity']['Effective rank of weights']
         (['Loss', 'Validation', 'Effective rank of weights'], ['Multiline', ['^plasticity/erank$']])
         >>> pages['plasticity: lowest to highest layer']['Effective rank of weights'][1]
@@ -193,11 +195,9 @@ def layout(tags, has_few=False, prefix=''):
     charts = {'Loss': ['Multiline', [_LOSS]], 'Validation': ['Multiline', [_SCORE]]}
     charts.update({words_of(tag).title: ['Multiline', [f'^{re.escape(f"{prefix}plasticity/{tag}")}$']]
                    for tag in tags})
-    pages = {'plasticity': charts}
-    if has_few:
-        pages['plasticity: lowest to highest layer'] = {words_of(tag).title: ['Margin', [
-            f'{prefix}{one}' for one in (f'plasticity/{tag}', *_band_of(tag))]] for tag in tags}
-    return pages
+    bands = {words_of(tag).title: ['Margin', [f'{prefix}{one}' for one in (f'plasticity/{tag}', *_band_of(tag))]]
+             for tag in tags}
+    return {'plasticity': charts, 'plasticity: lowest to highest layer': bands}
 
 
 def how_to_read(tag):

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from ..plasticity_metrics import METRICS
+from ..plasticity_report.scalars import direction, is_validation
 from .lightning import logged_names, monitored_by, optimizers_of, settings_of, train_batch_size
 from .say import warn
 
@@ -118,10 +119,9 @@ def columns_of(trainer, tags):
 
 
 def _interest(name):
-    """ Of validation first, and of it the loss; of forks the one of the epoch. """
-    name = name.lower()
-    is_loss, is_validation = 'loss' in name, 'val' in name or 'test' in name
-    rank = 0 if is_validation and is_loss else 1 if is_validation else 2 if is_loss or 'acc' in name else 3
+    """ The less the more: of validation the loss, its scores, other losses and scores, all else; forks of steps last. """
+    tells, validates = direction(name), is_validation(name)
+    rank = 3 if not tells else 2 if not validates else 0 if tells < 0 else 1
     return rank + 0.5 * name.endswith('_step')
 
 

@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from .dashboard import Dashboard, is_tensorboard, words_of
+from .dashboard import Dashboard, band, is_tensorboard, words_of
 from .events import Events
 from .hparams import HParams
 from .lightning import logs_settings, show_in_progress_bar, show_to_callbacks
@@ -66,7 +66,7 @@ class Loggers:
             if is_tensorboard(logger):
                 room, settle = Room(logger.save_dir, is_full), partial(_flush, logger)
                 dashboard = Dashboard(logger, tags)
-                events = Patient(Events(logger).log, settle, room, choose=partial(_with_band, dashboard))
+                events = Patient(Events(logger).log, settle, room, choose=_with_band)
                 beyond = Patient(dashboard.log, settle, room, most=1, choose=dashboard.due)
                 self._writers += [(name, events), (f'The dashboard of {name}', beyond)]
             else:
@@ -109,8 +109,8 @@ def _log_scalars(logger, scalars, step, rows):
     logger.log_metrics(scalars, step=step)
 
 
-def _with_band(dashboard, scalars, step, rows):
-    return scalars, step, dashboard.band(rows)
+def _with_band(scalars, step, rows):
+    return scalars, step, band(rows)
 
 
 def _flush(logger):

@@ -4,6 +4,7 @@ What to say of a run when it ends: the verdict of the report, on what was measur
 The curves are kept in memory, of a length that does not grow, so that nothing
 has to be read and it does not matter which loggers there are.
 """
+import math
 import traceback
 
 from .dashboard import words_of
@@ -101,7 +102,7 @@ class Curves:
         if not verdict.word:
             return []
         broke = f' at step {verdict.at}' if verdict.at is not None else ''
-        return [f'PlasticityMonitor: verdict: {verdict.word}{broke}. {verdict.reason}', *_numbers(metrics)]
+        return [f'Plasticity of this run: {verdict.word}{broke}. {verdict.reason}', *_numbers(metrics)]
 
 
 def words_on(curves):
@@ -116,11 +117,11 @@ def _numbers(metrics):
     """ What has become of it since the fresh network. """
     said = []
     for name in NAMED:
-        points = list(metrics.get(name, {}).values())
-        if len(points) > 1:
+        values = [point.value for point in metrics.get(name, {}).values() if math.isfinite(point.value)]
+        if len(values) > 1:
             words = words_of(name)
-            said.append(f'{words.short} {words.text(points[0].value)} -> {words.text(points[-1].value)}')
-    return [f'PlasticityMonitor: from the first to the last measurement: {", ".join(said)}'] if said else []
+            said.append(f'{words.short} {words.text(values[0])} -> {words.text(values[-1])}')
+    return [f'From its first to its last measurement: {", ".join(said)}'] if said else []
 
 
 def thin(curve):

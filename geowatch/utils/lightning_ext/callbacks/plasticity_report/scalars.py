@@ -130,7 +130,8 @@ def _words_of(name):
     return set(re.findall(r'[a-z]+\d*', f'{name} {apart}'.lower()))
 
 
-def _is_validation(name):
+def is_validation(name):
+    """ Whether a scalar is of validation, as its name (str) says. """
     return bool(_words_of(name) & VALIDATION)
 
 
@@ -145,7 +146,7 @@ def score_name(runs):
         str | None: a name that at least one run has, None where there is neither
     """
     names = list(dict.fromkeys(name for run in runs for name in run.scalars))
-    validated = [name for name in names if direction(name) and _is_validation(name)]
+    validated = [name for name in names if direction(name) and is_validation(name)]
     # An accuracy is what most want, and what comes as the mean of an epoch before what comes of a step.
     validated.sort(key=lambda name: (-direction(name), 'acc' not in name.lower(), name.endswith('_step')))
     return next(iter(validated), None) or loss_name(runs)
@@ -162,7 +163,7 @@ def loss_name(runs):
         str | None: a name that at least one run has, None where there is none
     """
     names = dict.fromkeys(name for run in runs for name in run.scalars)
-    losses = [name for name in names if direction(name) < 0 and not _is_validation(name)]
+    losses = [name for name in names if direction(name) < 0 and not is_validation(name)]
     likely = ('train_loss', 'train/loss', 'loss', 'train_loss_step', 'train_loss_epoch')
     losses.sort(key=lambda name: (name not in likely, 'loss' not in name.lower()))
     return next(iter(losses), None)
