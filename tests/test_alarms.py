@@ -7,7 +7,7 @@ import warnings
 import pytest
 import pytorch_lightning as pl
 import torch
-from common import Net, fit, lines_of, make_net, read_lines
+from common import Net, fit, lines_of, make_data, make_net, read_lines
 from torch.utils.data import DataLoader
 
 from geowatch.utils.lightning_ext.callbacks.plasticity import PlasticityMonitor
@@ -50,7 +50,8 @@ def test_a_run_that_is_well_hears_nothing(tmp_path):
 def test_numbers_that_are_not_finite(tmp_path):
     (said,), lines = warned(tmp_path, PlasticityMonitor('weight_mag@1'), make_net(Rate, lr=1e20))
     first = next(line['step'] for line in lines if line['value'] is None)
-    assert said.startswith(f'PlasticityMonitor: step {first}: expected finite numbers, but weights of fc1, fc2, head are')
+    assert said.startswith(
+        f'PlasticityMonitor: step {first}: expected finite numbers, but weights of fc1, fc2, head are')
     assert 'a smaller learning rate or clip' in said
 
 
@@ -173,7 +174,7 @@ def test_what_is_no_fault(said):
     alarms = Alarms(types.SimpleNamespace(precision_plugin=None))
     for step in range(3):
         alarms.look({}, step, [
-            row('dead_units', act={'value': 1., 'no_sample': True}, other={'value': 0.5}),  # as an expert without tokens
+            row('dead_units', act={'value': 1., 'no_sample': True}, other={'value': 0.5}),  # an expert without tokens
             row('noise_scale', fc={'value': None, 'fraction': 1.2}),
             row('update_ratio', columns={'unmoved': None, 'lr': [0.1]}, fc={'value': None, 'unmoved': None}),
             row('update_ratio', columns={'unmoved': 0.1, 'lr': [0.1]}, fc={'value': 1., 'unmoved': 0.9}),
@@ -228,8 +229,7 @@ def test_verdict_is_on_what_was_measured(tmp_path, monkeypatch, capsys):
             (line['step'], line['epoch'], line['value'], line['samples']) for line in lines_of(lines, name)]
     # The loss of the fresh network on its first batch, and those of the batches that are looked at.
     assert list(run.scalars['train_loss']) == list(range(10))
-    first = make_net(Logs).loss(next(iter(DataLoader(torch.randn(37, 8, generator=torch.Generator().manual_seed(7)), 8))))
-    assert run.scalars['train_loss'][0] == pytest.approx(first.item())
+    assert run.scalars['train_loss'][0] == pytest.approx(make_net(Logs).loss(make_data()[:8]).item())
     assert run.scalars['val_loss'][9] == pytest.approx(trainer.callback_metrics['val_loss'].item())
     assert run.scalars['mine'][9] == 9
     assert ending(capsys)[0] == 'Plasticity of this run: slow. It is.'

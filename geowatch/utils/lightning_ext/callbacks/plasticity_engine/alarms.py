@@ -113,8 +113,8 @@ def _dead(trainer, row):
 
 def _tell_dead(trainer, row, layers):
     shares = {name: f'{share:.0%} of {name}' for name, share in layers.items()}
-    return (f'expected units that change from sample to sample, but {_named(shares.values())} are saturated on every one. '
-            'They learn no more: take a smaller learning rate, or an activation that does not saturate')
+    return (f'expected units that change from sample to sample, but {_named(shares.values())} are saturated on every '
+            'one. They learn no more: take a smaller learning rate, or an activation that does not saturate')
 
 
 def _unmoved(trainer, row):
@@ -131,7 +131,7 @@ def _tell_unmoved(trainer, row, layers):
     todo = ("keep the weights in float32 (precision='bf16-mixed' instead of 'bf16-true'), or take a larger learning "
             'rate' if narrow else 'take a larger learning rate')
     return (f'expected a step to change all weights that have a gradient, but {row["unmoved"]:.0%} of them stayed the '
-            f'same in two measurements in a row, most of all in {_named(layers)}: the steps are lost to the rounding of '
+            f'same in two measurements in a row, as in {_named(layers)}: the steps are lost to the rounding of '
             f'{", ".join(narrow or types) or "the weights"}. To learn from them, {todo}')
 
 

@@ -119,7 +119,7 @@ def columns_of(trainer, tags):
 
 
 def _interest(name):
-    """ The less the more: of validation the loss, its scores, other losses and scores, all else; forks of steps last. """
+    """ Small for what interests most: the loss of validation, its scores, other losses and scores, all else. """
     tells, validates = direction(name), is_validation(name)
     rank = 3 if not tells else 2 if not validates else 0 if tells < 0 else 1
     return rank + 0.5 * name.endswith('_step')

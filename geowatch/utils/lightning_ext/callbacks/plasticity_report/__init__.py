@@ -41,7 +41,7 @@ class PlasticityReportCLI(scfg.DataConfig):
     out = scfg.Value(None, type=str, help=ub.paragraph(
         '''
         folder for the report. Default: monitor/plasticity in the log folder of
-        a single run, ./plasticity_report for several
+        a single run, ./plasticity_report for several%(default).0s
         '''))
     under = scfg.Value('auto', type=str, help=ub.paragraph(
         '''
@@ -51,7 +51,7 @@ class PlasticityReportCLI(scfg.DataConfig):
         '''))
     x = scfg.Value('step', choices=['step', 'epoch'], help='x-axis')
     format = scfg.Value(None, choices=['json', 'csv'], help=(
-        'print the table of runs in this format instead of drawing'))
+        'print the table of runs in this format instead of drawing (default: draw%(default).0s)'))
 
     @classmethod
     def main(cls, cmdline=1, **kwargs):
