@@ -37,8 +37,6 @@ os.environ.setdefault('GEOWATCH_PREIMPORT', '0')
 EPOCHS = 8
 BATCH_SIZES = (16, 48, 128)
 RATES = {'SGD': (1e-3, 1e-2, 1e-1, 1., 10.), 'AdamW': (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)}
-WORDS = {'learned': 'good', 'slow': 'too low', 'hardly moved': 'too low', 'diverged': 'too high',
-         'collapsed': 'too high', '': '?'}
 
 
 def mlp(act=nn.ReLU):
@@ -247,6 +245,11 @@ def views(runs):
             'one run, metrics alone': [judge([run])[0] for run in without(runs, *every)]}
 
 
+def called(verdict):
+    """ What a verdict says in the words of the labels. """
+    return 'good' if verdict.word == 'learned' else verdict.rate or '?'
+
+
 def judge_all(out, sweeps, verbose):
     """ Print how many verdicts are right, sweep by sweep, and what is wrong. """
     count = {}
@@ -257,7 +260,7 @@ def judge_all(out, sweeps, verbose):
             counted = [(run, label, verdict) for run, label, verdict in zip(runs, true, verdicts, strict=True)
                        if label != 'between']
             wrong = [(run, label, verdict) for run, label, verdict in counted
-                     if WORDS[verdict.word] != {'dead': 'too high'}.get(label, label)]
+                     if called(verdict) != {'dead': 'too high'}.get(label, label)]
             healthy = sum(label == 'dead' and verdict.word == 'learned' for _, label, verdict in counted)
             for i, x in enumerate((len(counted) - len(wrong), len(counted), healthy)):
                 count.setdefault(view, [0, 0, 0])[i] += x
@@ -296,7 +299,7 @@ class MakeVerdictTableCLI(scfg.DataConfig):
             for sweeps in halves().values():
                 train_all(out, sweeps)
         else:
-            judge_all(out, [sweep for sweep in halves()[config.half] if (out / ' '.join(sweep)).exists()], config.verbose)
+            judge_all(out, [sweep for sweep in halves()[config.half] if len(list((out / ' '.join(sweep)).glob('*/truth.json'))) == 15], config.verbose)
 
 
 if __name__ == '__main__':

@@ -1,30 +1,41 @@
 """
 One word for each run, best first: learned, slow, hardly moved, collapsed, diverged.
+
+The rules were made on one half of sweeps with known accuracy and checked on the other, see docs/report.md.
 """
 import dataclasses
 import math
 
-from .evidence import gather
-from .scalars import direction
+from .evidence import compare, gather, since
+from .foreign import readable
+from .scalars import loss_name, score_name
 from .words import describe
 
-# From the best to the worst.
-WORDS = ('learned', 'slow', 'hardly moved', '', 'collapsed', 'diverged')
+# From the best to the worst; nothing where nothing can be told.
+WORDS = ('learned', '', 'slow', 'hardly moved', 'collapsed', 'diverged')
+# Times the loss of the fresh network.
+EXPLODED = 2.
+# What the best run must have won, so that there is anything to compare.
+LEAST_WON = 0.02
+# How far the loss of a run alone must have come.
+SOME_WAY, LONG_WAY = 0.1, 0.6
 
 
 @dataclasses.dataclass
 class Verdict:
     """
     Attributes:
-        word (str): one of WORDS, nothing where nothing can be told
+        word (str): one of WORDS
         reason (str): one sentence with the numbers
         best (bool): the best run of several
         at (int | None): the step at which it broke
+        rate (str): what it says of the learning rate: 'too low', 'too high' or nothing
     """
     word: str = ''
     reason: str = ''
     best: bool = False
     at: int | None = None
+    rate: str = ''
 
 
 def judge(runs, under=None):
@@ -33,16 +44,29 @@ def judge(runs, under=None):
 
     Args:
         runs (List[Run]): with their scalars
-        under (str | None): the loss or metric to judge by; None takes one of validation, or else the training loss
+        under (str | None): the loss or metric to judge by; None, or one whose name does not say whether more or less is
+            better, takes one of validation, or else the training loss
 
     Returns:
         List[Verdict]: one per run, in their order
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_report.runs import Point, Run
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_report.verdicts import judge
+        >>> runs = [Run([], {'weight_mag': [Point(step, 0, value, None, {}) for step, value in enumerate(values)]}, {},
+        >>>             [], {'val_acc': {0: 0.1, 2: end}})
+        >>>         for values, end in (([0.05, 0.06, 0.08], 0.95), ([0.05, 9.0, float('nan')], 0.1))]
+        >>> [(verdict.word, verdict.best) for verdict in judge(runs)]
+        [('learned', True), ('diverged', False)]
     """
-    found, name = gather(runs, under)
-    verdicts = [_judge(one, name, len(runs) > 1) for one in found]
-    if len(runs) > 1 and name:
-        best = _order(found, verdicts, name)[0]
-        verdicts[best].best = verdicts[best].word in ('learned', 'slow')
+    bench = _Bench(runs, under)
+    verdicts = [bench.judge(i) for i in range(len(runs))]
+    for verdict in verdicts:
+        verdict.rate = {'diverged': 'too high', 'collapsed': 'too high', 'hardly moved': 'too low'}.get(
+            verdict.word, verdict.rate)
+    if bench.score and len(runs) > 1:
+        first = verdicts[bench.order(verdicts)[0]]
+        first.best = first.word in ('learned', 'slow')
     return verdicts
 
 
@@ -56,42 +80,117 @@ def rank(runs, verdicts, under=None):
     Returns:
         List[int]: indices of runs, best first
     """
-    return _order(*[(found, verdicts, name) for found, name in [gather(runs, under)]][0])
+    return _Bench(runs, under).order(verdicts)
 
 
-def _order(found, verdicts, name):
-    sign = direction(name) if name else 0
+class _Bench:
+    """ Some runs, what they show, and the rules. """
 
-    def key(i):
-        word, score = verdicts[i].word, found[i].score
-        return word == 'diverged', math.isnan(score), -sign * score if math.isfinite(score) else 0., WORDS.index(word)
+    def __init__(self, runs, under):
+        self.runs, self.found = runs, gather(runs)
+        self.loss = compare(runs, self.found, loss_name(runs))
+        self.score = compare(runs, self.found, under) or compare(runs, self.found, score_name(runs))
+        # Alone, or where nobody has won anything, there is nothing to compare with.
+        self.has_gains = len(runs) > 1 and self.score is not None and self.score.won() > LEAST_WON and not (
+            self.loss and self.loss.won() < LEAST_WON)
 
-    return sorted(range(len(found)), key=key)
+    def order(self, verdicts):
+        def key(i):
+            end = self.score.sign * self.score.ends[i] if self.score else math.nan
+            return WORDS.index(verdicts[i].word), -end if math.isfinite(end) else math.inf
+
+        return sorted(range(len(self.runs)), key=key)
+
+    def gain(self, i):
+        return self.score.gain(i) if self.has_gains else math.nan
+
+    def is_behind(self, i):
+        return self.gain(i) < self.score.limit and self.score.is_worse(i) if self.has_gains else False
+
+    def has_learned(self, i):
+        """ By its score, beside the others, or by how far its own loss has come. """
+        if not math.isnan(self.gain(i)):
+            return not self.is_behind(i)
+        own = self.loss or self.score
+        return own is not None and len(self.runs) == 1 and own.progress(i) > LONG_WAY
+
+    def judge(self, i):
+        """ The first rule that holds. """
+        for rule in (self.not_a_number, self.exploded, self.dead, self.learned, self.still, self.behind):
+            verdict = rule(i)
+            if verdict:
+                return verdict
+        moves = self.moves(i)
+        return Verdict('learned' if moves else '', '; '.join([*moves, *self.outcome(i)]))
+
+    # --- the rules: a verdict, or None ---------------------------------------
+
+    def not_a_number(self, i):
+        broken = {describe(name).short: step for name, step in self.found[i].not_finite().items()}
+        if self.loss:
+            broken[_short(self.loss.name)] = since(self.loss.curves[i], lambda x: not math.isfinite(x))
+        name = min((name for name in broken if broken[name] is not None), key=broken.get, default=None)
+        return name and Verdict('diverged', f'{name} is not a number from step {broken[name]} on', at=broken[name])
+
+    def exploded(self, i):
+        if self.loss and self.loss.ends[i] > EXPLODED * self.loss.start > 0 and not self.has_learned(i):
+            return Verdict('diverged', f'{_short(self.loss.name)} {_text(self.loss.ends[i])} at the end, '
+                           f'{_text(self.loss.start)} in the fresh network',
+                           at=since(self.loss.curves[i], lambda x: x > EXPLODED * self.loss.start))
+
+    def dead(self, i):
+        lost = self.found[i].lost()
+        if lost and not self.has_learned(i):
+            return Verdict('collapsed', '; '.join([', '.join(self.change(i, name) for name in lost), *self.outcome(i)]),
+                           at=min(lost.values()))
+
+    def learned(self, i):
+        if self.has_learned(i):
+            return Verdict('learned', '; '.join(self.outcome(i)))
+
+    def still(self, i):
+        if self.found[i].is_still():
+            own = self.loss or self.score
+            came = self.gain(i) > SOME_WAY or len(self.runs) == 1 and own is not None and own.progress(i) > SOME_WAY
+            return Verdict('slow' if came else 'hardly moved', '; '.join(self.moves(i) + self.outcome(i)),
+                           rate='too low')
+
+    def behind(self, i):
+        if self.is_behind(i):
+            best = self.order([Verdict('learned')] * len(self.runs))[0]
+            is_further = self.found[i].ratio('weight_mag') > self.found[best].ratio('weight_mag')
+            how = [f'{text}, {"more" if is_further else "less"} than the best run' for text in self.moves(i)]
+            return Verdict('slow', '; '.join(self.outcome(i) + how), rate='too high' if is_further else 'too low')
+
+    # --- what they say ---------------------------------------------------------
+
+    def change(self, i, name):
+        words, one = describe(name), self.found[i]
+        return f'{words.short} {words.text(one.fresh[name])} -> {words.text(one.end[name])}'
+
+    def moves(self, i):
+        """ By how much the weights have changed, as a list of one text, or of none. """
+        known = [(describe(name).short, 100 * (self.found[i].ratio(name) - 1)) for name in ('weight_mag', 'erank')]
+        known = [f'{name} {percent:+.2g} %' for name, percent in known if math.isfinite(percent)]
+        return [', '.join(known)] if known else []
+
+    def outcome(self, i):
+        """ The score, beside the best one or beside its own start, as a list of one text, or of none. """
+        own = self.score if len(self.runs) > 1 else self.loss or self.score
+        if own is None or not own.curves[i]:
+            return []
+        end, name = own.ends[i], _short(own.name)
+        if len(self.runs) == 1:
+            return [f'{name} {_text(next(iter(own.curves[i].values())))} -> {_text(end)}']
+        return [f'{name} {_text(end)}' + ('' if end == own.best else f', best {_text(own.best)}')]
 
 
-def _judge(one, name, several):
-    """ The rules, the first that holds. """
-    learned = one.gain >= 0.9 if several else one.won >= 0.2
-    useless = not one.gain >= 0.5 if several else not one.won >= 0.2
-    if one.broke:
-        return Verdict('diverged', f'{one.broke[0]} is not a number from step {one.broke[1]} on', at=one.broke[1])
-    if one.loss > 2 and useless:
-        return Verdict('diverged', 'loss exploded')
-    if useless:
-        if one.end.get('grad_mag', math.inf) < 1e-6:
-            return Verdict('collapsed', 'gradient')
-        if one.ratio.get('feature_erank', math.nan) < 0.3:
-            return Verdict('collapsed', 'rank')
-        if one.rise > .5:
-            return Verdict('collapsed', 'dead')
-    if learned:
-        return Verdict('learned', 'gain')
-    still = abs(one.ratio.get('weight_mag', math.nan) - 1) <= 0.04 and abs(one.ratio.get('erank', math.nan) - 1) <= 0.008
-    if still or one.travel < 0.5:
-        return Verdict('hardly moved' if not one.gain > 0.1 else 'slow', 'still')
-    if math.isnan(one.gain):
-        return Verdict('learned', 'no score')
-    return Verdict('slow', 'behind')
+def _short(name):
+    return readable(name, 40)
+
+
+def _text(value):
+    return f'{value:.3g}'
 
 
 def summary(table):
