@@ -9,11 +9,11 @@ CommandLine:
     python docs/make_verdict_table.py judge --out=sweeps --half=tuned
     python docs/make_verdict_table.py judge --out=sweeps --half='held out'
 
-What is true of a run is written down here, before any rule was. A run's gain is what it has won of what the best run of
-its sweep has won over the fresh network: in accuracy on images that no run was trained on, or in loss where there is no
-accuracy. A gain of 0.9 is 'good'. What has less is 'too high' where its learning rate is above that of the best run with
-the same batch size, and 'too low' where it is below it; that best run itself is 'between' and does not count. A run is
-'dead' where it is too high with a gain below 0.1.
+What is true of a run was written down before any rule was. A run's gain is what it has won over the fresh network, of
+what the best run of its sweep has won: in accuracy on images that no run was trained on, or in loss where there is no
+accuracy. With a gain of 0.9 it is 'good'. What has less is 'too high' where its learning rate is above that of the best
+run with the same batch size, and 'too low' where it is below; that best run itself is 'between' and does not count. A
+run is 'dead' where it is too high with a gain below 0.1.
 """
 import dataclasses
 import json
@@ -299,7 +299,9 @@ class MakeVerdictTableCLI(scfg.DataConfig):
             for sweeps in halves().values():
                 train_all(out, sweeps)
         else:
-            judge_all(out, [sweep for sweep in halves()[config.half] if len(list((out / ' '.join(sweep)).glob('*/truth.json'))) == 15], config.verbose)
+            there = [sweep for sweep in halves()[config.half]
+                     if len(list((out / ' '.join(sweep)).glob('*/truth.json'))) == len(BATCH_SIZES) * 5]
+            judge_all(out, there, config.verbose)
 
 
 if __name__ == '__main__':

@@ -60,11 +60,12 @@ class Evidence:
 
     def is_still(self):
         """ Has it hardly moved? """
-        return self.travel < TRAVELLED or (abs(self.ratio('weight_mag') - 1) <= WEIGHTS_MOVED
-                                           and abs(self.ratio('erank') - 1) <= RANK_MOVED)
+        weights, ranks = (abs(self.ratio(name) - 1) for name in ('weight_mag', 'erank'))
+        return (self.travel < TRAVELLED or weights <= WEIGHTS_MOVED and ranks <= RANK_MOVED
+                or math.isnan(ranks) and weights <= RANK_MOVED)
 
     def distance(self):
-        """ How far it has moved; inf where that is not known, or where it may be far without ways. """
+        """ How far it has moved; inf where that is not known, or where what is lost may hide it. """
         known = [abs(self.ratio(name) - 1) for name in ('weight_mag', 'erank') if name in self.end]
         known = [x for x in [*known, self.travel] if math.isfinite(x)]
         return max(known) if known and not self.lost() else math.inf
@@ -137,8 +138,12 @@ def gather(runs):
         found.append(Evidence(
             run, {name: _fresh(runs, run, name) for name in run.metrics},
             {name: points[-1].value for name, points in run.metrics.items()},
-            statistics.fmean(steps) * (run.last_step + 1) if steps else math.nan))
+            _mean(steps) * (run.last_step + 1)))
     return found
+
+
+def _mean(values):
+    return sum(values) / len(values) if values else math.nan
 
 
 def _fresh(runs, run, name):
@@ -174,7 +179,7 @@ def compare(runs, found, name):
     if not any(curves) or not direction(name):
         return None
     courses = [list(curve.values()) for curve in curves]
-    ends = [statistics.fmean(own[-max(1, len(own) // 10):]) if own else math.nan for own in courses]
+    ends = [_mean(own[-max(1, len(own) // 10):]) for own in courses]
     # The untrained network has no score of its own: the run that moves least is nearest to it.
     firsts = [(one.distance(), own[0]) for one, own in zip(found, courses, strict=True) if own]
     start = min(((far, first) for far, first in firsts if math.isfinite(first)), default=(0., math.nan))[1]

@@ -5,10 +5,12 @@ The rules were made on one half of sweeps with known accuracy and checked on the
 """
 import dataclasses
 import math
+import statistics
 
 from .evidence import compare, gather, since
 from .foreign import readable
 from .scalars import loss_name, score_name
+from .settings import compared_settings, in_short
 from .words import describe
 
 # From the best to the worst; nothing where nothing can be told.
@@ -17,6 +19,8 @@ WORDS = ('learned', '', 'slow', 'hardly moved', 'collapsed', 'diverged')
 EXPLODED = 2.
 # What the best run must have won, so that there is anything to compare.
 LEAST_WON = 0.02
+# Of one word, in a terminal.
+MOST_LINES = 5
 # How far the loss of a run alone must have come.
 SOME_WAY, LONG_WAY = 0.1, 0.6
 
@@ -170,8 +174,9 @@ class _Bench:
 
     def moves(self, i):
         """ By how much the weights have changed, as a list of one text, or of none. """
-        known = [(describe(name).short, 100 * (self.found[i].ratio(name) - 1)) for name in ('weight_mag', 'erank')]
-        known = [f'{name} {percent:+.2g} %' for name, percent in known if math.isfinite(percent)]
+        known = [(describe(name).short, self.found[i].ratio(name)) for name in ('weight_mag', 'erank')]
+        known = [f'{name} {100 * (ratio - 1):+.2g} %' if ratio < 1.995 else f'{name} {ratio:.2g} times its start'
+                 for name, ratio in known if math.isfinite(ratio)]
         return [', '.join(known)] if known else []
 
     def outcome(self, i):
@@ -203,8 +208,48 @@ def summary(table):
     Returns:
         List[str]: best first, one line each, alike ones grouped
     """
-    labels = table.labels()
-    return [f'{labels[i]}: {table.verdicts[i].word}' for i in table.order if table.verdicts[i].word]
+    labels, lines = table.labels(), []
+    for word in filter(None, WORDS):
+        own = [i for i in table.order if table.verdicts[i].word == word]
+        alike = _of_one_rate(table, own) if word != 'learned' else {}
+        lines += [f'lr {rate}: {_all(len(group))} {word}{_when(table, group)}' for rate, group in alike.items()]
+        alone = [i for i in own if not any(i in group for group in alike.values())]
+        shown = alone[:MOST_LINES] if len(alone) > MOST_LINES + 1 else alone
+        lines += [f'{labels[i]}: {_called(table.verdicts[i])}, {table.verdicts[i].reason}' for i in shown]
+        if len(alone) > len(shown):
+            rest = alone[len(shown):]
+            lines.append(f'{labels[rest[0]]} and {len(rest) - 1} more: {word}{_when(table, rest)}')
+    return lines
+
+
+def _called(verdict):
+    if not verdict.best:
+        return verdict.word
+    return 'best' if verdict.word == 'learned' else f'best, and still {verdict.word}'
+
+
+def _of_one_rate(table, own):
+    """ Learning rate to its runs, where there are several and the verdict is the same on all. """
+    rates = [in_short('', rate).strip() for rate in table.settings.get('learning rate', [None] * len(table.runs))]
+    groups = {rates[i]: [j for j in own if rates[j] == rates[i]] for i in own}
+    return {rate: group for rate, group in groups.items() if rates.count(rate) == len(group) > 1
+            and len(set(rates)) > 1}
+
+
+def _all(count):
+    return {2: 'both', 3: 'all three', 4: 'all four', 5: 'all five'}.get(count, f'all {count}')
+
+
+def _when(table, group):
+    """ When they broke, or else where they ended. """
+    steps = [table.verdicts[i].at for i in group]
+    if None not in steps:
+        return f' before step {max(steps) + 1}'
+    ends = [table.under_trends[i].end for i in group if table.under_trends[i] and table.under_trends[i].end is not None]
+    if not ends:
+        return ''
+    low, high = (_text(end) for end in (min(ends), max(ends)))
+    return f' ({_short(table.under)} {low})' if low == high else f' ({_short(table.under)} {low} to {high})'
 
 
 def larger_batch(runs):
@@ -212,9 +257,24 @@ def larger_batch(runs):
     Say from the noise scale whether a larger batch would help.
 
     Args:
-        runs (List[Run]): of one sweep
+        runs (List[Run]): of one sweep, with their scalars
 
     Returns:
-        str: a sentence, or nothing where no noise scale was measured
+        str: a sentence on the best run of which both are known, the noise scale and the batch size, or nothing
     """
+    for i in rank(runs, judge(runs)):
+        points = runs[i].metrics.get('noise_scale', [])
+        late = [point.value for point in points[-max(1, len(points) // 5):] if math.isfinite(point.value)]
+        settings = {title: value for title, (value,) in compared_settings(runs[i:i + 1])[0].items()}
+        batch = settings.get('batch size')
+        if late and isinstance(batch, int) and batch > 0:
+            scale = statistics.median(late)
+            least = 'at least ' if 'adam' in str(settings.get('optimizer')).lower() else 'about '
+            text = f'The noise scale of {runs[i].name} is {least}{scale:.2g} at the end, its batch size {batch}: '
+            if scale > 2 * batch:
+                return text + ('a batch twice as large, with a learning rate that is larger too, needs fewer steps, up '
+                               'to half as many.')
+            if scale < batch / 2:
+                return text + 'a larger batch would hardly help, and a smaller one may get as far in as many steps.'
+            return text + 'it is about right, and a larger batch would give less than it costs.'
     return ''
