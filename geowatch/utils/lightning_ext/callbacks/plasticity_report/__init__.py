@@ -114,6 +114,7 @@ def _write(table, findings, config):
     from .figures import draw_all
     from .page import write_page
     from .runs import ReportError
+    from .verdicts import summary
     from .words import CAVEAT
     single = table.runs[0].folders[-1] / 'monitor' / 'plasticity' if len(table.runs) == 1 else None
     x = config.x
@@ -125,6 +126,8 @@ def _write(table, findings, config):
         pictures, left_out = draw_all(table, out, x)
     except OSError as ex:
         raise ReportError(f'{out}: the report could not be written ({ex})') from None
+    for line in summary(table):
+        print(line)
     for finding in findings:
         print(f'- {finding.sentence}')
     for line in left_out:

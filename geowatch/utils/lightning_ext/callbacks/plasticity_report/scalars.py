@@ -13,6 +13,7 @@ LOSSES = frozenset('loss losses error err mse rmse mae mape nll nelbo bce ce per
 SCORES = frozenset('acc accuracy acc1 acc5 top1 top5 f1 fbeta auc auroc auprc ap map map50 iou miou jaccard dice r2 '
                    'precision recall sensitivity specificity kappa mcc ndcg mrr bleu rouge psnr ssim reward return '
                    'score elbo pearson spearman'.split())
+OF_TRAINING = frozenset('train training total batch running mean avg epoch step'.split())
 VALIDATION = frozenset('val valid validation dev eval test'.split())
 
 
@@ -119,19 +120,27 @@ def direction(name):
         >>> direction('val/top1_acc'), direction('valLoss'), direction('error_of_map'), direction('lr')
         (1, -1, -1, 0)
     """
-    words = _words_of(name)
+    # Of mIoU the capitals are no beginnings of words.
+    words = _words_of(name) | _words_of(name.lower())
     # The loss of an accuracy is a loss.
     return -1 if words & LOSSES else 1 if words & SCORES else 0
 
 
 def _words_of(name):
-    """ Of val/mIoU and valLoss, as they are written and by their capitals. """
-    apart = re.sub(r'([a-z\d])([A-Z])', r'\1_\2', name)
-    return set(re.findall(r'[a-z]+\d*', f'{name} {apart}'.lower()))
+    """ Of val/loss as of valLoss. """
+    return set(re.findall(r'[a-z]+\d*', re.sub(r'([a-z\d])([A-Z])', r'\1_\2', name).lower()))
 
 
 def is_validation(name):
-    """ Whether a scalar is of validation, as its name (str) says. """
+    """
+    Whether a scalar is of validation, as its name says.
+
+    Args:
+        name (str): as it was logged
+
+    Returns:
+        bool:
+    """
     return bool(_words_of(name) & VALIDATION)
 
 
@@ -154,7 +163,7 @@ def score_name(runs):
 
 def loss_name(runs):
     """
-    The loss of training.
+    The loss as a whole: of training, or else of validation.
 
     Args:
         runs (List[Run]): with their scalars
@@ -163,10 +172,9 @@ def loss_name(runs):
         str | None: a name that at least one run has, None where there is none
     """
     names = dict.fromkeys(name for run in runs for name in run.scalars)
-    losses = [name for name in names if direction(name) < 0 and not is_validation(name)]
-    likely = ('train_loss', 'train/loss', 'loss', 'train_loss_step', 'train_loss_epoch')
-    losses.sort(key=lambda name: (name not in likely, 'loss' not in name.lower()))
-    return next(iter(losses), None)
+    # One term of several, such as that of a discriminator, may go up where all is well.
+    losses = [name for name in names if direction(name) < 0 and not _words_of(name) - LOSSES - OF_TRAINING - VALIDATION]
+    return min(losses, key=lambda name: (is_validation(name), 'loss' not in name.lower()), default=None)
 
 
 def find_scalar(run, name):
