@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 
 from geowatch.utils.lightning_ext.callbacks.plasticity import PlasticityMonitor
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine import processes, publisher, rota
-from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sinks import JsonLines
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine.lines import JsonLines
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.statistics import calls as statistics_of_calls
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.statistics import tensors
 from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import METRICS

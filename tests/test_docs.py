@@ -159,6 +159,14 @@ def test_help_lists_every_metric_and_group(capsys):
     for name in (*METRICS, *USED_GROUPS):
         assert re.search(rf'\b{name}\b', text), name
     assert not [group for group in GROUPS if group not in USED_GROUPS and re.search(rf'\b{group}\b', text)]
+    assert '>>>' not in text and '(default: None)' not in text
+    shown = ' '.join(text.partition('options:')[2].split())
+    said = {'layers': 'all', 'budget': 'no limit'}
+    for argument in ARGUMENTS:
+        default = said.get(argument, DEFAULTS[argument])
+        flag = f'--plasticity_{argument} '
+        own = re.search(rf'{flag}(?:(?!--plasticity_\w+ [P\[]).)*?\(default: (.*?)\)', shown)
+        assert own and own.group(1) == str(default), argument
     # Only the help asks the registry, whose import takes long.
     code = "import sys; from geowatch.cli.fit import FitCLI; FitCLI.parse(['--plasticity_metrics=erank'])\n"
     code += "sys.exit(any('plasticity_metrics' in name for name in sys.modules))"

@@ -40,7 +40,7 @@ from torch.utils.data import DataLoader
 
 from geowatch.utils.lightning_ext.callbacks.plasticity import PlasticityMonitor
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine import publisher
-from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sinks import JsonLines
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine.lines import JsonLines
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.statistics import calls, tensors
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.statistics import rows as rows_of_features
 from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import METRICS

@@ -268,7 +268,7 @@ def test_message_at_fit_start(tmp_path, capsys):
     assert 'weight_mag' in text and 'erank' in text and '3' in text and 'epoch' in text
     assert 'frozen' in text  # what is not watched, and why
     after = capsys.readouterr()
-    assert 'PlasticityMonitor' not in after.out + after.err
+    assert 'PlasticityMonitor' not in after.out + after.err  # it ends with a verdict: see test_alarms.py
 
 
 def test_only_fit_measures(tmp_path):

@@ -10,7 +10,7 @@ from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import TensorBoardLogger
 
 from geowatch.utils.lightning_ext.callbacks.plasticity import PlasticityMonitor
-from geowatch.utils.lightning_ext.callbacks.plasticity_engine import room, sinks
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine import lines, room
 
 event_accumulator = pytest.importorskip('tensorboard.backend.event_processing.event_accumulator',
                                         reason='tensorboard is not installed')
@@ -45,7 +45,7 @@ class Disk(Callback):
             return open(*args, **kwargs)
         patch.setattr(gfile.LocalFileSystem, 'append', appends)
         if found_by == 'file':
-            patch.setattr(sinks, 'open', opens, raising=False)
+            patch.setattr(lines, 'open', opens, raising=False)
         else:
             patch.setattr(room, 'free_bytes', lambda folder: 0 if self.is_full else float('inf'))
 

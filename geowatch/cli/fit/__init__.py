@@ -14,6 +14,11 @@ PREFIX = 'plasticity_'
 _HELP = {'-h', '--help'}
 
 
+def _help(text, default):
+    """ Help with what holds if a flag is not given: its own value is None then, which says nothing. """
+    return f'{ub.paragraph(text)} (default: {default}%(default).0s)'
+
+
 class FitCLI(scfg.DataConfig):
     """
     Train a fusion model, and show whether it is losing its ability to learn.
@@ -22,6 +27,8 @@ class FitCLI(scfg.DataConfig):
     the fusion CLI's own:
 
         python -m geowatch.tasks.fusion fit --help
+
+    Without any of these flags nothing is measured.
 
     Example:
         >>> from geowatch.cli.fit import FitCLI
@@ -41,24 +48,34 @@ class FitCLI(scfg.DataConfig):
           geowatch fit --config=train.yaml --plasticity_metrics=weight_mag,erank@epoch
         ''')
 
-    plasticity_metrics = scfg.Value(None, type=str, help=ub.paragraph(
+    # No doctest in the help; python -OO leaves all of it out.
+    __description__ = (__doc__ or '').partition('Example:')[0]
+
+    plasticity_metrics = scfg.Value(None, type=str, help=_help(
         '''
         what to measure: names or groups separated by commas, or 'all', each
         with its own interval or none, as in weight_mag@1,ranks@epoch
-        '''))
-    plasticity_interval = scfg.Value(None, type=str, help=ub.paragraph(
+        ''', 'paper,update_ratio'))
+    plasticity_interval = scfg.Value(None, type=str, help=_help(
         '''
         how often: a number of optimizer steps, 'epoch', a duration such as
-        '5 minutes', or 'auto'
-        '''))
-    plasticity_source = scfg.Value(None, type=str, help=(
-        "where activations are seen: 'validation', 'train', or 'auto'"))
-    plasticity_samples = scfg.Value(None, type=str, help='examples per activation measurement')
-    plasticity_layers = scfg.Value(None, type=str, help='patterns of layer names, separated by commas')
-    plasticity_per_layer = scfg.Value(None, isflag=True, help='log every layer to TensorBoard too')
-    plasticity_budget = scfg.Value(None, type=str, help=(
-        'largest share of the training time, such as 0.02: what is too expensive is measured less often'))
-    plasticity_prog_bar = scfg.Value(None, isflag=True, help='show the values in the progress bar')
+        '5 minutes', or 'auto', that is weights and gradients every
+        log_every_n_steps of the trainer, all else once per epoch
+        ''', 'auto'))
+    plasticity_source = scfg.Value(None, type=str, help=_help(
+        '''
+        where activations are seen: 'validation', 'train', or 'auto', that is
+        validation where there is a loader for it
+        ''', 'auto'))
+    plasticity_samples = scfg.Value(None, type=str, help=_help('examples per activation measurement', 2000))
+    plasticity_layers = scfg.Value(None, type=str, help=_help('patterns of layer names, separated by commas', 'all'))
+    plasticity_per_layer = scfg.Value(None, isflag=True, help=_help('log every layer to TensorBoard too', False))
+    plasticity_budget = scfg.Value(None, type=str, help=_help(
+        '''
+        largest share of the training time, such as 0.02: what is too
+        expensive is measured less often
+        ''', 'no limit'))
+    plasticity_prog_bar = scfg.Value(None, isflag=True, help=_help('show two values in the progress bar', False))
 
     def argparse(self, parser=None, **kwargs):
         # The modal command of the host makes its parser here, and refuses what

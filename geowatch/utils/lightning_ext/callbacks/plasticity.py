@@ -37,10 +37,11 @@ class PlasticityMonitor(*_BASES):
     The values go to all loggers, to ``trainer.callback_metrics``, and with
     those of every layer to ``plasticity.jsonl`` in the log folder, where
     ``plasticity_report.sh`` draws them. TensorBoard has them on one page under
-    'Custom scalars', each metric's layers as a histogram, and the worst layers
-    under 'Text'. A run that begins anew is measured before its first step too:
-    these lines have the step -1. Set the environment variable
-    ``DISABLE_PLASTICITY_MONITOR=1`` to switch it off.
+    'Custom scalars', with the band of each metric's layers, the worst layers
+    under 'Text', and a row for each run under 'HParams'. A run that begins
+    anew is measured before its first step too: these lines have the step -1.
+    What breaks is warned of once, and a run ends with a verdict. Set the
+    environment variable ``DISABLE_PLASTICITY_MONITOR=1`` to switch it off.
 
     Args:
         metrics (str | List[str]): names or groups separated by commas, a list
@@ -59,7 +60,7 @@ class PlasticityMonitor(*_BASES):
             the path of a module names it: its activations count even if they
             are no hidden layers, as that of an output.
         per_layer (bool): if True, log ``plasticity_layers/<metric>/<layer>``.
-        prog_bar (bool): if True, the progress bar shows the values too.
+        prog_bar (bool): if True, the progress bar shows two of the values.
         budget (str | float | None): the monitor's largest share of the
             training time, such as '2%'. What is too expensive is measured
             less often, but at least once. Logs the share so far as

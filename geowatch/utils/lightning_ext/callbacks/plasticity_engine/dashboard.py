@@ -1,5 +1,5 @@
 """
-What TensorBoard shows beyond the scalars: one dashboard of all metrics, and the layers without a tag for each.
+What TensorBoard shows beyond the scalars: a page of all metrics and the loss, the layers, and how to read it all.
 """
 import math
 import re
@@ -11,8 +11,16 @@ from ..plasticity_metrics import METRICS, Words
 # The host draws a picture for each scalar tag, so that layers go into other kinds of tags.
 LAYERS = 'plasticity_layers'
 WORST = f'{LAYERS}/worst'
+HOW_TO_READ = 'plasticity/how_to_read'
 MOST_NAMED = 3
 MOST_BINS = 30
+# Layers of which a histogram would show nothing but bars of one: the band says more.
+FEW = 8
+# What others log, on the same page: tags are matched from their start.
+_LOSS = r'(?i)(?!.*plasticity).*loss'
+_OF_BAND = {'lowest': 'of the layer where it is lowest', 'highest': 'of the layer where it is highest'}
+_SCORE = (r'(?i)(?!.*plasticity)(?!.*loss)(.*[^a-z])?(val|valid|validation|test|acc|accuracy|f1|auc|auroc|iou|error)'
+          r'([^a-z].*)?$')
 
 
 class Dashboard:
@@ -22,14 +30,16 @@ class Dashboard:
     =================================  ==================================================
     Where                              What
     =================================  ==================================================
-    Custom scalars                     a chart for each metric, on one page
-    ``plasticity_layers/<metric>``     histogram over the layers
+    Custom scalars                     the loss, validation, and a chart for each metric
+    Custom scalars, second page        each metric with the band of its layers
+    ``plasticity_layers/<metric>``     histogram over the layers, where they are many
     ``plasticity_layers/worst``        text: the layers that are worst, metric by metric
+    ``plasticity/how_to_read``         text: what each tag is, and what is worth a look
     =================================  ==================================================
 
-    After the first hundred measurements of a metric, one is written when the
-    run has become one percent longer, so that the file of a long run which
-    measures each step stays small.
+    After the first twenty measurements of a metric, histogram and text are
+    written when the run has become five percent longer: TensorBoard shows no
+    more of them, and a step that is logged costs its scalars only.
 
     Args:
         logger (TensorBoardLogger): of either package
@@ -41,28 +51,44 @@ class Dashboard:
         >>> from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
         >>> import ubelt as ub
         >>> logger = TensorBoardLogger(ub.Path.appdir('geowatch/tests/dashboard').delete())
-        >>> layers = {'fc1': {'value': 40.0}, 'fc2': {'value': 20.0}}
-        >>> Dashboard(logger, ['erank']).log({}, 9, [{'metric': 'erank', 'value': 30.0, 'layers': layers}])
+        >>> layers = {f'fc{i}': {'value': float(i)} for i in range(9)}
+        >>> Dashboard(logger, ['erank']).log({}, 9, [{'metric': 'erank', 'value': 4.0, 'layers': layers}])
         >>> logger.finalize('success')
         >>> events = EventAccumulator(logger.log_dir).Reload()
         >>> events.Tags()['histograms'], events.Histograms('plasticity_layers/erank')[0].histogram_value.sum
-        (['plasticity_layers/erank'], 60.0)
-        >>> events.Tags()['tensors'] == ['custom_scalars__config__', f'{WORST}/text_summary']
-        True
+        (['plasticity_layers/erank'], 36.0)
+        >>> sorted(events.Tags()['tensors'])[1:]
+        ['plasticity/how_to_read/text_summary', 'plasticity_layers/worst/text_summary']
     """
 
     def __init__(self, logger, tags):
         self._logger = logger
         self._tags = list(tags)
+        self._prefix = prefix_of(logger)
         self._has_layout = False
         self._starts = {}   # metric to the first finite value of each of its layers
         self._written = {}  # metric to how often, and at which step last
         self._lines = {}    # metric to its line in the text, as it was last measured
 
+    def due(self, scalars, step, rows):
+        """
+        What is to be written of a measurement.
+
+        Args:
+            scalars (Dict[str, float]): what the logger gets
+            step (int): on the x-axis
+            rows (List[dict]): as in plasticity.jsonl
+
+        Returns:
+            Tuple[dict, int, List[dict]] | None: what :meth:`log` takes; None for nothing
+        """
+        rows = [row for row in rows if row['layers'] and self._is_due(row['metric'], step)]
+        return ({}, step, rows) if rows else None
+
     def log(self, scalars, step, rows):
         """
         Args:
-            scalars (Dict[str, float]): what the logger has got already
+            scalars (Dict[str, float]): not used
             step (int): on the x-axis
             rows (List[dict]): as in plasticity.jsonl
         """
@@ -70,32 +96,54 @@ class Dashboard:
         if not self._has_layout:
             # TensorBoard heeds the first one in a run, and users add theirs at the start.
             self._has_layout = True
-            writer.add_custom_scalars(layout(self._tags))
-        news = False
+            writer.add_custom_scalars(layout(self._tags, self._prefix))
+            writer.add_text(HOW_TO_READ, table_of(self._tags), step)
         for row in rows:
             metric = row['metric']
             layers = {name: math.nan if own['value'] is None else own['value'] for name, own in row['layers'].items()}
             starts = self._starts.setdefault(metric, {})
-            for name, value in layers.items():
-                if math.isfinite(value):
-                    starts.setdefault(name, value)
-            if layers and self._is_due(metric, step):
-                news = True
-                finite = [value for value in layers.values() if math.isfinite(value)]
-                if finite:
-                    # Its default of 1550 bins for any number would take most of the time of a logged step's logging.
-                    writer.add_histogram(f'{LAYERS}/{metric}', np.array(finite), step, bins=MOST_BINS)
-                self._lines[metric] = line_of(metric, starts, layers)
-        if news:
-            order = dict.fromkeys([*self._tags, *self._lines])
-            writer.add_text(WORST, text_of([self._lines[tag] for tag in order if tag in self._lines]), step)
+            finite = {name: value for name, value in layers.items() if math.isfinite(value)}
+            for name, value in finite.items():
+                starts.setdefault(name, value)
+            if len(finite) > FEW:
+                # Its default of 1550 bins for any number would take most of the time of a logged step's logging.
+                writer.add_histogram(f'{LAYERS}/{metric}', np.array([*finite.values()]), step, bins=MOST_BINS)
+            self._lines[metric] = line_of(metric, starts, layers)
+        order = dict.fromkeys([*self._tags, *self._lines])
+        writer.add_text(WORST, text_of([self._lines[tag] for tag in order if tag in self._lines]), step)
 
     def _is_due(self, metric, step):
         count, last = self._written.get(metric, (0, None))
-        due = count < 100 or step >= 1.01 * last
+        due = count < 20 or step >= 1.05 * last
         if due:
             self._written[metric] = count + 1, step
         return due
+
+
+def band(rows):
+    """
+    The lowest and the highest layer of each metric.
+
+    Args:
+        rows (List[dict]): as in plasticity.jsonl
+
+    Returns:
+        Dict[str, float]: by tag, for charts of bands, which want the same steps as the metric has
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.dashboard import band
+        >>> band([{'metric': 'erank', 'layers': {'fc1': {'value': 2.}, 'fc2': {'value': 3.}}}])
+        {'plasticity_layers/erank/lowest': 2.0, 'plasticity_layers/erank/highest': 3.0}
+    """
+    found = {}
+    for row in rows:
+        values = [own['value'] for own in row['layers'].values() if own['value'] is not None] or [math.nan]
+        found.update(zip(_band_of(row['metric']), (min(values), max(values)), strict=True))
+    return found
+
+
+def _band_of(metric):
+    return [f'{LAYERS}/{metric}/{end}' for end in _OF_BAND]
 
 
 def is_tensorboard(logger):
@@ -111,22 +159,81 @@ def is_tensorboard(logger):
     return any(cls.__name__ == 'TensorBoardLogger' for cls in type(logger).__mro__)
 
 
-def layout(tags):
+def prefix_of(logger):
     """
-    Custom scalars: a page with one chart per tag.
+    What a logger of Lightning puts before each tag.
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.dashboard import prefix_of
+        >>> from pytorch_lightning.loggers import TensorBoardLogger
+        >>> prefix_of(TensorBoardLogger('.')), prefix_of(TensorBoardLogger('.', prefix='a'))
+        ('', 'a-')
+    """
+    prefix = getattr(logger, '_prefix', '')
+    return f'{prefix}{getattr(logger, "LOGGER_JOIN_CHAR", "-")}' if prefix else ''
+
+
+def layout(tags, prefix=''):
+    """
+    Custom scalars: a page with the loss and a chart per tag, and one with the bands of their layers.
 
     Args:
         tags (List[str]): under ``plasticity/``
+        prefix (str): before each tag
 
     Returns:
         Dict[str, dict]: for SummaryWriter.add_custom_scalars, which takes patterns of tags
 
     Example:
         >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.dashboard import layout
-        >>> layout(['erank'])
-        {'plasticity': {'Effective rank of weights': ['Multiline', ['^plasticity/erank$']]}}
+        >>> pages = layout(['erank'])
+        >>> list(pages['plasticity']), pages['plasticity']['Effective rank of weights']
+        (['Loss', 'Validation', 'Effective rank of weights'], ['Multiline', ['^plasticity/erank$']])
+        >>> pages['plasticity: lowest to highest layer']['Effective rank of weights'][1]
+        ['plasticity/erank', 'plasticity_layers/erank/lowest', 'plasticity_layers/erank/highest']
     """
-    return {'plasticity': {words_of(tag).title: ['Multiline', [f'^plasticity/{re.escape(tag)}$']] for tag in tags}}
+    charts = {'Loss': ['Multiline', [_LOSS]], 'Validation': ['Multiline', [_SCORE]]}
+    charts.update({words_of(tag).title: ['Multiline', [f'^{re.escape(f"{prefix}plasticity/{tag}")}$']]
+                   for tag in tags})
+    bands = {words_of(tag).title: ['Margin', [f'{prefix}{one}' for one in (f'plasticity/{tag}', *_band_of(tag))]]
+             for tag in tags}
+    return {'plasticity': charts, 'plasticity: lowest to highest layer': bands}
+
+
+def how_to_read(tag):
+    """
+    What a number is, and when it is worth a look.
+
+    Args:
+        tag (str): of a scalar, without what a logger puts before it
+
+    Returns:
+        str: in Markdown; empty for a tag that is none of ours
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.dashboard import how_to_read
+        >>> how_to_read('plasticity/erank')
+        'directions that the weights use, mean over layers. Worth a look when it falls to 0.8 of its start. \
+Weights that use fewer directions can represent less. At step -1: the network before training.'
+        >>> how_to_read('plasticity_layers/erank/fc1')[:35]
+        'layer `fc1`: directions that the w'
+    """
+    where, _, rest = tag.partition('/')
+    metric, _, layer = rest.partition('/')
+    if metric == 'overhead':
+        return "the monitor's share of the training time so far"
+    words = words_of(metric)
+    said = [words.about or words.title, *([f'Worth a look when it {words.rule}'] if words.rule else []),
+            *([words.why.rstrip('.')] if words.why else []), 'At step -1: the network before training']
+    if layer:
+        said[0] = f'{_OF_BAND.get(layer) or f"layer {code(layer)}"}: {said[0]}'
+    return '. '.join(said) + '.'
+
+
+def table_of(tags):
+    """ Of how to read each tag, in Markdown, which TensorBoard renders. """
+    rows = [f'| `plasticity/{tag}` | {how_to_read(f"plasticity/{tag}")} |'.replace('\n', ' ') for tag in tags]
+    return '\n'.join(['| tag | how to read it |', '| --- | --- |', *rows])
 
 
 def worst(words, starts, layers):

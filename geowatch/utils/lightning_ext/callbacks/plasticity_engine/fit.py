@@ -13,6 +13,7 @@ import torch
 
 from ..plasticity_metrics import METRICS, PlasticityConfigError
 from .agenda import Agenda
+from .alarms import Alarms
 from .budget import Budget
 from .faults import Faults
 from .last_step import LastStep, listen
@@ -36,6 +37,7 @@ from .lightning import (
     validates_in_step,
     watched_by,
 )
+from .lines import FILE_NAME
 from .measurement import Reading, additive_keys, needing, takes_turns
 from .memory import Memory
 from .message import describe, grouped, why_missing
@@ -43,11 +45,12 @@ from .places import new_run, open_lines
 from .processes import Processes
 from .publisher import Publisher
 from .say import say, warn
-from .sinks import FILE_NAME, Sinks
+from .sinks import Sinks
 from .sources.activations.looks import Looks, layer_paths
 from .sources.activations.modules import FUSED_FUNCTIONS
 from .sources.weights import Trained, parameters_of, wanted, weights_of
 from .steps import Steps
+from .verdict import Curves, words_on
 
 # What the user has not set an interval for and is expensive may cost 1 % of the time beyond its first 5 seconds.
 _THRIFT = '1%', 5.
@@ -88,7 +91,9 @@ class Fit:
         self.processes = Processes(trainer.world_size, trainer.strategy.root_device)
         # Some loggers broadcast here, so that every rank has to ask.
         self._log_dir, self._nth = trainer.log_dir, nth
-        self.sinks = Sinks(trainer, list(self.metrics), settings.per_layer, settings.prog_bar, beside)
+        self.curves = Curves(trainer)
+        self.sinks = Sinks(trainer, list(self.metrics), settings.per_layer, settings.prog_bar, beside, not nth,
+                           [('The warnings', Alarms(trainer).look), ('The verdict', self.curves.add)])
         self.budget = Budget(*_THRIFT) if settings.budget is None else Budget(settings.budget)
         self.faults = Faults(self.processes.rank, self.budget)
         self.looks = Looks(settings.samples, self.processes.count, self._wants, self.faults, self._needing,
@@ -140,6 +145,7 @@ class Fit:
         # Processes have clocks of their own.
         self._timers = timers_of(trainer) if self.processes.count == 1 else []
         self._restore()
+        self.sinks.begin()
 
     def _restore(self):
         """ Go on from a checkpoint, if there is one. """
@@ -252,6 +258,7 @@ class Fit:
                 self.looks.look_away()
             if loss is not None:
                 self.steps.before_backward(loss)
+                self.curves.see(self.moment.step, loss)
 
     def end_backward(self, module):
         """ Let sources see what a micro-batch has added. """
@@ -450,7 +457,7 @@ class Fit:
 
     def end(self):
         """
-        Say what was never measured.
+        Say what was never measured, and what has become of the run.
 
         Returns:
             Path | None: the log folder, if there is something in it to see
@@ -464,6 +471,8 @@ class Fit:
             looked = self.source == 'train' or self._validated_step is not None
             say(why_missing(missed, self.last.moment is not None,
                             self.looks.why_nothing() if looked else 'no validation ran', self.steps.why_not))
+        for line in words_on(self.curves):
+            say(line)
         return self.sinks.folder if self.publisher.measured else None
 
     def state_dict(self):

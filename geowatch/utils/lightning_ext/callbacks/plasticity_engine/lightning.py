@@ -157,10 +157,64 @@ def steps_until_an_end(trainer, pl_module) -> float:
     return max(left, 1)
 
 
+def monitored_by(callbacks) -> list[str]:
+    """ The tags that some callbacks look at, as EarlyStopping and ModelCheckpoint do. """
+    tags = (getattr(callback, 'monitor', None) for callback in callbacks)
+    return [tag for tag in tags if isinstance(tag, str)]
+
+
 def watched_by(callbacks) -> set[str]:
     """ The metrics that other callbacks look at after validation, as EarlyStopping and ModelCheckpoint do. """
-    tags = (getattr(callback, 'monitor', None) for callback in callbacks)
-    return {tag.removeprefix('plasticity/') for tag in tags if isinstance(tag, str)}
+    return {tag.removeprefix('plasticity/') for tag in monitored_by(callbacks)}
+
+
+def logged_names(trainer) -> list[str]:
+    """ The tags that the host has logged so far, and those of ours that other callbacks see. """
+    # The public properties compute what the model has logged, in the middle of an epoch, and keep it.
+    connector = trainer._logger_connector
+    names = dict.fromkeys(name for name in connector._logged_metrics if name not in ('epoch', 'step'))
+    return [*names, *(name for name in connector._callback_metrics if name.startswith('plasticity/'))]
+
+
+def logged_numbers(trainer) -> dict:
+    """ What the host has logged last, by tag: numbers, or tensors of one number. """
+    connector = trainer._logger_connector
+    return {name: x for name, x in {**connector._callback_metrics, **connector._logged_metrics}.items()
+            if name not in ('epoch', 'step') and not name.startswith('plasticity')}
+
+
+def settings_of(trainer) -> dict:
+    """ What model and data module have saved as hyperparameters, to be logged. """
+    owners = (trainer.datamodule, trainer.lightning_module)
+    return {key: value for owner in owners if _logs_settings(owner) for key, value in owner.hparams.items()}
+
+
+def logs_settings(trainer) -> bool:
+    """ Whether Lightning will log hyperparameters as a fit starts. A tuner ends before. """
+    is_tuner = any(type(callback).__name__ in ('LearningRateFinder', 'BatchSizeFinder')
+                   for callback in trainer.callbacks)
+    return not is_tuner and (_logs_settings(trainer.datamodule) or _logs_settings(trainer.lightning_module))
+
+
+def _logs_settings(owner):
+    return bool(getattr(owner, '_log_hyperparams', False))
+
+
+def optimizers_of(trainer) -> list:
+    """ Those that have groups of parameters. """
+    return [optimizer for optimizer in trainer.optimizers if getattr(optimizer, 'param_groups', None)]
+
+
+def train_batch_size(trainer) -> int | None:
+    """ What the loader of training says, or whoever will make it; None where none says it. """
+    loaders = trainer.train_dataloader
+    if loaders is None:  # not made yet
+        loaders = trainer.fit_loop._data_source.instance
+    for owner in (loaders, getattr(loaders, 'batch_sampler', None)):
+        size = getattr(owner, 'batch_size', None)
+        if isinstance(size, int) and not isinstance(size, bool):
+            return size
+    return None
 
 
 def is_second_last_step(trainer, pl_module):
@@ -217,6 +271,12 @@ def scaler_of(trainer):
     return getattr(trainer.precision_plugin, 'scaler', None)
 
 
+def weight_types(trainer) -> list[str]:
+    """ Of the parameters that are trained, such as 'bfloat16'. """
+    types = dict.fromkeys(param.dtype for param in trainer.lightning_module.parameters() if param.requires_grad)
+    return [str(dtype).removeprefix('torch.') for dtype in types]
+
+
 def choose_source(source, validates, pl_module):
     """ Where activations are seen, None for nowhere, and a word on what that leaves out. """
     compiled = _is_compiled(pl_module)
@@ -260,10 +320,17 @@ def has_compiled_methods(module) -> bool:
 
 
 class _InBar(float):
-    """ A number with three significant digits in the progress bar, which would show 0.0001 as 0.000. """
+    """ A number that the progress bars show as we write it: they would show 0.0001 as 0.000. """
+
+    def __new__(cls, value=0., text=''):
+        number = super().__new__(cls, value)
+        number._text = text
+        return number
 
     def __format__(self, spec):
-        return format(float(self), '.3g')
+        return self._text
+
+    __str__ = __repr__ = lambda self: self._text
 
 
 def show_to_callbacks(trainer, values):
@@ -273,9 +340,9 @@ def show_to_callbacks(trainer, values):
 
 
 def show_in_progress_bar(trainer, values):
-    """ Put values into the progress bar, by names as short as they can be. """
+    """ Put values, each with its text, into the progress bar, by names as short as they can be. """
     # What the bar reads; the public property computes what the model has logged, in the middle of an epoch.
     shown = trainer._logger_connector._progress_bar_metrics
-    for name, value in values.items():
+    for name, (value, text) in values.items():
         is_free = isinstance(shown.get(name, _InBar()), _InBar)
-        shown[name if is_free else f'plasticity/{name}'] = _InBar(value)
+        shown[name if is_free else f'plasticity/{name}'] = _InBar(value, text)

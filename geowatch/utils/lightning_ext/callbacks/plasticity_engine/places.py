@@ -6,7 +6,7 @@ import time
 import uuid
 from pathlib import Path
 
-from .sinks import FILE_NAME, JsonLines
+from .lines import FILE_NAME, JsonLines
 
 
 def new_run() -> str:

@@ -65,6 +65,7 @@ class Patient:
         settle (Callable[[], None]): puts on disk what was written
         room (Room):
         most (int): measurements that are kept, the last ones
+        choose (Callable): called with the same as the writer; returns what it writes of it, or None for nothing
 
     Example:
         >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.room import Patient
@@ -78,15 +79,18 @@ class Patient:
         ([3, 4], 0)
     """
 
-    def __init__(self, write, settle, room, most=1000):
+    def __init__(self, write, settle, room, most=1000, choose=lambda *measured: measured):
         self.waiting = collections.deque(maxlen=most)
         self._write = write
+        self._choose = choose
         self._settle = settle
         self._room = room
 
     def __call__(self, scalars, step, rows):
-        self.waiting.append((scalars, step, rows))
-        self.try_again()
+        chosen = self._choose(scalars, step, rows)
+        if chosen is not None:
+            self.waiting.append(chosen)
+            self.try_again()
 
     def try_again(self):
         """ Write what waits, if there is room now. """

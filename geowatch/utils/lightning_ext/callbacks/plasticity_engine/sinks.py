@@ -1,25 +1,22 @@
 """
 Where results go: loggers, what other callbacks watch, and a file with a line for each measurement.
 """
-import contextlib
-import errno
-import json
 import math
 import traceback
 from functools import partial
-from pathlib import Path
 
 import torch
 
-from .dashboard import Dashboard, is_tensorboard
-from .lightning import show_in_progress_bar, show_to_callbacks
+from .dashboard import Dashboard, band, is_tensorboard, words_of
+from .events import Events
+from .hparams import HParams
+from .lightning import logs_settings, show_in_progress_bar, show_to_callbacks
 from .room import Patient, Room
 from .say import say, warn
 
-FILE_NAME = 'plasticity.jsonl'
-# What others beside us would be told as well.
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
-
+# What the progress bar shows first: it has room for two.
+IN_BAR = ('dead_units', 'feature_erank')
+MOST_IN_BAR = 2
 
 def plain(number):
     """
@@ -39,158 +36,6 @@ def plain(number):
     return number if math.isfinite(number) else None
 
 
-class JsonLines:
-    """
-    A file to which lines of JSON are added, each on disk as soon as it is there.
-
-    What cannot be written, since the disk is full or the folder is gone, is
-    kept and tried again with the next lines, and when the file is closed; one
-    warning says so, and another what is lost in the end. Of more than `most`
-    characters the oldest lines are given up.
-
-    Args:
-        fpath (str | PathLike):
-
-    Attributes:
-        found_full (bool): whether the last write failed for want of room
-
-    Example:
-        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sinks import JsonLines
-        >>> import ubelt as ub
-        >>> fpath = ub.Path.appdir('geowatch/tests/json_lines').delete() / 'a.jsonl'
-        >>> JsonLines(fpath).add([{'step': 1}, {'step': 2}])
-        >>> JsonLines(fpath).drop(lambda row: row['step'] > 1)
-        >>> fpath.read_text()
-        '{"step": 1}\\n'
-    """
-
-    most = 1 << 26
-    failures = OSError
-    is_local = True
-
-    def __init__(self, fpath):
-        self.fpath = Path(fpath)
-        self.found_full = False
-        self._waiting = ''
-        self._warned = False
-
-    def claim(self, run):
-        """
-        Make the file, unless it is there already.
-
-        Args:
-            run (str): that will write to it
-
-        Returns:
-            bool: whether it is this run's: new, or with lines of it, or of no run at all
-        """
-        try:
-            self.fpath.parent.mkdir(parents=True, exist_ok=True)
-            self.fpath.open('x').close()
-        except FileExistsError:
-            with contextlib.suppress(OSError):
-                return self._is_of(run, self._read())
-        except OSError:
-            pass  # writing will say so
-        return True
-
-    @staticmethod
-    def _is_of(run, text):
-        # One that is empty was made by a run that is about to write.
-        return f'"run": {json.dumps(run)}' in text or bool(text) and '"metric"' not in text
-
-    def add(self, rows):
-        """
-        Args:
-            rows (List[dict]): plain data
-        """
-        # The words of a user's metric may be anything.
-        self._waiting += ''.join(json.dumps(row, default=str) + '\n' for row in rows)
-        try:
-            self._append(self._waiting.encode())
-            self._waiting, self.found_full = '', False
-        except self.failures as ex:
-            self.found_full = getattr(ex, 'errno', None) in _FULL
-            if len(self._waiting) > self.most:
-                self._waiting = self._waiting[self._waiting.find('\n', -self.most // 2) + 1:]
-            if not self._warned:
-                self._warned = True
-                warn(f'{self.fpath} cannot be written now ({ex}); training and logging go on, and what was measured '
-                     'is kept and tried again')
-
-    def close(self):
-        """ Try once more to write what is kept. """
-        if self._waiting:
-            self.add([])
-        if self._waiting:
-            warn(f'{self._waiting.count(chr(10))} lines of {self.fpath} could not be written and are lost')
-
-    @property
-    def is_there(self):
-        """ Whether there is such a file, as far as this process may see. """
-        try:
-            return self.fpath.exists()
-        except OSError:
-            return False
-
-    def _append(self, data):
-        self.fpath.parent.mkdir(parents=True, exist_ok=True)
-        # Without a buffer, which would be written once more when the file is closed.
-        with open(self.fpath, 'ab+', buffering=0) as file:
-            self._mend(file)
-            start = file.seek(0, 2)
-            try:
-                while data:
-                    data = data[file.write(data):]
-            except OSError:
-                file.truncate(start)  # half of it would be there twice
-                raise
-
-    def _read(self):
-        return self.fpath.read_text(errors='replace') if self.fpath.exists() else ''
-
-    def _replace(self, text):
-        part = self.fpath.with_suffix('.part')
-        part.write_text(text)
-        part.replace(self.fpath)
-
-    @staticmethod
-    def _mend(file):
-        """ A killed run may leave half a line, which would spoil the file for all that read it. """
-        if not file.tell():
-            return
-        file.seek(-1, 2)
-        if file.read(1) != b'\n':
-            file.seek(0)
-            text = file.readall()
-            start = text.rfind(b'\n') + 1
-            try:
-                json.loads(text[start:])
-                file.write(b'\n')  # only its end is missing
-            except (ValueError, RecursionError):
-                file.truncate(start)
-
-    def drop(self, is_stale):
-        """
-        Leave out the lines of steps that will be trained again.
-
-        Args:
-            is_stale (Callable[[dict], bool]): of a row
-        """
-        def stays(line):
-            try:
-                return not is_stale(json.loads(line))
-            except (ValueError, TypeError, KeyError, RecursionError):
-                return line.endswith('\n')  # somebody else's
-        try:
-            lines = self._read().splitlines(keepends=True)
-            kept = [line for line in lines if stays(line)]
-            if len(kept) < len(lines):
-                self._replace(''.join(kept))
-        except self.failures as ex:
-            warn(f'lines in {self.fpath} of steps that are trained again stay there ({ex})')
-
-
 class Loggers:
     """
     The loggers of a trainer, less those that have failed.
@@ -198,6 +43,7 @@ class Loggers:
     Args:
         loggers (List[Logger]): of Lightning
         tags (List[str]): what will be logged, for the dashboard of TensorBoard
+        tables (List[Tuple[str, Callable]]): writers of what a run is, which come first and last as well
         more (List[Tuple[str, Callable]]): other writers, each with its name,
             called with (scalars, step, rows)
         is_full (Callable[[], bool]): whether a file of ours has just found a full disk
@@ -212,17 +58,20 @@ class Loggers:
         4
     """
 
-    def __init__(self, loggers, tags=(), more=(), is_full=lambda: False):
+    def __init__(self, loggers, tags=(), tables=(), more=(), is_full=lambda: False):
+        self._tables = tables
         self._writers = []
         for logger in loggers:
-            name, write = type(logger).__name__, partial(_log_scalars, logger)
+            name = type(logger).__name__
             if is_tensorboard(logger):
                 room, settle = Room(logger.save_dir, is_full), partial(_flush, logger)
-                dashboard = Patient(Dashboard(logger, tags).log, settle, room, most=1)
-                self._writers += [(name, Patient(write, settle, room)), (f'The dashboard of {name}', dashboard)]
+                dashboard = Dashboard(logger, tags)
+                events = Patient(Events(logger).log, settle, room, choose=_with_band)
+                beyond = Patient(dashboard.log, settle, room, most=1, choose=dashboard.due)
+                self._writers += [(name, events), (f'The dashboard of {name}', beyond)]
             else:
-                self._writers.append((name, write))
-        self._writers += more
+                self._writers.append((name, partial(_log_scalars, logger)))
+        self._writers += [*tables, *more]
 
     def log(self, scalars, step, rows=()):
         """
@@ -233,8 +82,13 @@ class Loggers:
         """
         self._each(lambda write: write(scalars, step, rows))
 
+    def begin(self):
+        """ Say which run it is, before the host does: TensorBoard heeds the first to say it. """
+        self._each(lambda write: write({}, -1, ()), [writer for writer in self._writers if writer in self._tables])
+
     def close(self):
-        """ Write what waits for room, if there is some now. """
+        """ Write what waits for room, if there is some now, and what is known in the end. """
+        self.begin()
         patient = [(name, write) for name, write in self._writers if isinstance(write, Patient)]
         self._each(Patient.try_again, patient)
         for name, write in patient:
@@ -255,6 +109,10 @@ def _log_scalars(logger, scalars, step, rows):
     logger.log_metrics(scalars, step=step)
 
 
+def _with_band(scalars, step, rows):
+    return scalars, step, band(rows)
+
+
 def _flush(logger):
     logger.experiment.flush()
 
@@ -270,13 +128,17 @@ class Sinks:
         prog_bar (bool): whether the progress bar shows the values
         beside (Callable | None): called with the folder of the file, to put
             something beside its first lines
+        says_settings (bool): whether TensorBoard hears the settings of the run
+        more (List[Tuple[str, Callable]]): who else looks at what is measured,
+            each with its name, called with (scalars, step, rows)
 
     Attributes:
         file (JsonLines | None): where lines go, once it is known
         run (str | None): which its lines are of
 
     Example:
-        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sinks import JsonLines, Sinks
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sinks import Sinks
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.lines import JsonLines
         >>> import pytorch_lightning as pl
         >>> import ubelt as ub
         >>> dpath = ub.Path.appdir('geowatch/tests/sinks').delete().ensuredir()
@@ -288,14 +150,24 @@ class Sinks:
         (3.0, 1)
     """
 
-    def __init__(self, trainer, tags, per_layer=False, prog_bar=False, beside=None):
+    def __init__(self, trainer, tags, per_layer=False, prog_bar=False, beside=None, says_settings=True,
+                 more=()):
         self.file = self.run = None
         self._trainer = trainer
-        self._loggers = Loggers(trainer.loggers, tags, [('The progress bar', self._show_in_bar)] if prog_bar else [],
+        tables = [(f'The HParams tab of {type(logger).__name__}', HParams(trainer, logger, tags).log)
+                  for logger in trainer.loggers if says_settings and is_tensorboard(logger)]
+        self._in_bar = sorted(tags, key=lambda tag: IN_BAR.index(tag) if tag in IN_BAR else len(IN_BAR))[:MOST_IN_BAR]
+        more = [*([('The progress bar', self._show_in_bar)] if prog_bar else []), *more]
+        self._loggers = Loggers(trainer.loggers, tags, tables, more,
                                 lambda: self.file is not None and self.file.found_full)
         self._per_layer = per_layer
         self._beside = beside
         self.watched = {}  # what other callbacks can watch, since Lightning forgets it after the sanity check
+
+    def begin(self):
+        """ Say which run it is, where Lightning is about to. """
+        if self._trainer.is_global_zero and logs_settings(self._trainer):
+            self._loggers.begin()
 
     def write(self, rows, dashboard=True):
         """
@@ -329,7 +201,9 @@ class Sinks:
         return self.file.fpath.parent if is_seen else None
 
     def _show_in_bar(self, scalars, step, rows):
-        show_in_progress_bar(self._trainer, {row['metric']: scalars[f'plasticity/{row["metric"]}'] for row in rows})
+        show_in_progress_bar(self._trainer, {row['metric']: (scalars[f'plasticity/{row["metric"]}'],
+                                                             words_of(row['metric']).text(row['value']))
+                                             for row in rows if row['metric'] in self._in_bar})
 
     def show(self):
         """ Put what was measured last where other callbacks look. """

@@ -41,7 +41,7 @@ class PlasticityReportCLI(scfg.DataConfig):
     out = scfg.Value(None, type=str, help=ub.paragraph(
         '''
         folder for the report. Default: monitor/plasticity in the log folder of
-        a single run, ./plasticity_report for several
+        a single run, ./plasticity_report for several%(default).0s
         '''))
     under = scfg.Value('auto', type=str, help=ub.paragraph(
         '''
@@ -51,7 +51,7 @@ class PlasticityReportCLI(scfg.DataConfig):
         '''))
     x = scfg.Value('step', choices=['step', 'epoch'], help='x-axis')
     format = scfg.Value(None, choices=['json', 'csv'], help=(
-        'print the table of runs in this format instead of drawing'))
+        'print the table of runs in this format instead of drawing (default: draw%(default).0s)'))
 
     @classmethod
     def main(cls, cmdline=1, **kwargs):
@@ -114,6 +114,7 @@ def _write(table, findings, config):
     from .figures import draw_all
     from .page import write_page
     from .runs import ReportError
+    from .verdicts import summary
     from .words import CAVEAT
     single = table.runs[0].folders[-1] / 'monitor' / 'plasticity' if len(table.runs) == 1 else None
     x = config.x
@@ -125,6 +126,8 @@ def _write(table, findings, config):
         pictures, left_out = draw_all(table, out, x)
     except OSError as ex:
         raise ReportError(f'{out}: the report could not be written ({ex})') from None
+    for line in summary(table):
+        print(line)
     for finding in findings:
         print(f'- {finding.sentence}')
     for line in left_out:

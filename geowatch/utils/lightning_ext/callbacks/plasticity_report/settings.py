@@ -1,11 +1,16 @@
 """
 The settings of a run, from config.yaml of LightningCLI or hparams.yaml, and what differs between runs.
 """
+import datetime
 import re
+import struct
 from pathlib import Path
 
 from .foreign import LARGEST, readable
 
+# In a name: a learning rate may be written as 1e-05.
+NUMBER = r'\d+(?:\.\d+)?(?:e[-+]?\d+)?'
+IN_SHORT = {'learning rate': 'lr', 'batch size': 'batch'}
 # Settings that differ between any two runs and explain nothing.
 WHEREABOUTS = {'default_root_dir', 'save_dir', 'dirpath', 'root_dir', 'log_dir', 'ckpt_path', 'version'}
 # What people call the three settings that are tuned most.
@@ -18,6 +23,10 @@ COMMON_SETTINGS = {
 MOST_BYTES = 1 << 20
 # Of a file, in all places where its aliases repeat them: a short one can hold billions.
 MOST_ITEMS = 100_000
+# Of numbers in one setting, such as betas.
+LONGEST_LIST = 16
+# What stands for an object that is written as bytes, such as a tensor.
+OPAQUE = object()
 # Columns that a reader can take in.
 MOST_COLUMNS = 30
 
@@ -68,10 +77,12 @@ def _load_yaml(fpath):
 
     def plain(loader, suffix, node):
         if isinstance(node, yaml.MappingNode):
-            return loader.construct_mapping(node, deep=True)
-        if isinstance(node, yaml.SequenceNode):
-            return loader.construct_sequence(node, deep=True)
-        return node.value
+            made = loader.construct_mapping(node, deep=True)
+        elif isinstance(node, yaml.SequenceNode):
+            made = _number_of(suffix, loader.construct_sequence(node, deep=True))
+        else:
+            made = node.value or suffix.rpartition(':')[2]  # a class or a function, which has nothing but its name
+        return OPAQUE if _holds_bytes(made) else made
 
     Loader.add_multi_constructor('', plain)
     loader = Loader(fpath.read_text(encoding='utf-8'))
@@ -79,6 +90,20 @@ def _load_yaml(fpath):
     if _items(node, {}) > MOST_ITEMS:
         raise _TooLarge(f'holds more than {MOST_ITEMS} items in its aliases')
     return None if node is None else loader.construct_document(node)
+
+
+def _number_of(kind, parts):
+    """ NumPy's numbers are written as their bytes, such as a learning rate of logspace. """
+    if kind.endswith('multiarray.scalar'):
+        dtype, binary = parts
+        letter = {'f8': 'd', 'f4': 'f', 'i8': 'q', 'i4': 'i', 'b1': '?'}.get(dtype['args'][0])
+        return struct.unpack(f'<{letter}', binary)[0] if letter else OPAQUE
+    return parts
+
+
+def _holds_bytes(item):
+    inner = item.values() if isinstance(item, dict) else item if isinstance(item, list) else ()
+    return item is OPAQUE or isinstance(item, bytes) or any(map(_holds_bytes, inner))
 
 
 def _items(node, known):
@@ -92,11 +117,17 @@ def _items(node, known):
     return known[id(node)]
 
 
+def _is_scalar(item):
+    return item is None or isinstance(item, (str, int, float, datetime.date))
+
+
 def _flat(item, prefix=''):
     if isinstance(item, dict):
         return {key: value for name, inner in item.items() for key, value in _flat(inner, f'{prefix}{name}.').items()}
-    if isinstance(item, (list, tuple)) and any(isinstance(inner, (dict, list)) for inner in item):
+    if isinstance(item, (list, tuple)) and not all(map(_is_scalar, item)):
         return _flat(dict(enumerate(item)), prefix)
+    if not _is_scalar(item) and not (isinstance(item, (list, tuple)) and len(item) <= LONGEST_LIST):
+        return {}  # a tensor, an object that cannot be read, or more than a reader can compare
     if isinstance(item, str) and re.fullmatch(r'[-+.\d][-+.\deE]{0,40}', item):
         # YAML 1.1 takes 1e-3 for text.
         try:
@@ -153,3 +184,48 @@ def _find_key(settings, names):
 def _short(value):
     """ torch.optim.SGD is SGD. """
     return value.rpartition('.')[2] if isinstance(value, str) and re.fullmatch(r'[\w.]+', value) else value
+
+
+def in_short(title, value):
+    """
+    A setting in a label.
+
+    Args:
+        title (str): of its column
+        value (object): of a run
+
+    Returns:
+        str:
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_report.settings import in_short
+        >>> in_short('learning rate', 1e-5), in_short('optimizer', 'AdamW')
+        ('lr 1e-05', 'AdamW')
+    """
+    text = f'{value:g}' if _is_number(value) else readable(str(value), 40)
+    return text if title == 'optimizer' else f'{IN_SHORT.get(title, title)} {text}'
+
+
+def is_in_name(value, name):
+    """
+    Does a name hold a setting, be it written in another way?
+
+    Args:
+        value (object): None is in every name
+        name (str): of a run
+
+    Returns:
+        bool:
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_report.settings import is_in_name
+        >>> is_in_name(2.0, 'lr2-bs8'), is_in_name(0.00001, 'lr1e-05'), is_in_name(0.1, 'lr0.01')
+        (True, True, False)
+    """
+    if _is_number(value):
+        return value in map(float, re.findall(NUMBER, name))
+    return value is None or str(value) in name
+
+
+def _is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
