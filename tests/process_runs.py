@@ -30,6 +30,17 @@ from geowatch.utils.lightning_ext.callbacks.plasticity_engine.statistics import 
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.statistics import tensors
 from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import METRICS
 
+
+class OnCPU(pl.strategies.FSDPStrategy):
+    """ FSDP1 without a GPU: Lightning refuses its own class, and torch has to be told. """
+
+    def _setup_model(self, model):
+        from torch.distributed.fsdp import FullyShardedDataParallel
+        self.precision_plugin._desired_input_dtype = torch.float64  # it knows no double precision
+        return FullyShardedDataParallel(model.double(), sharding_strategy=self.sharding_strategy,
+                                        device_id=torch.device('cpu'), **self.kwargs)
+
+
 # With torch 2.6 fully_shard fails on a CPU, whose streams lack what it calls.
 CAN_SHARD_ON_CPU = hasattr(pl.strategies, 'ModelParallelStrategy') and hasattr(torch.cpu.Stream, 'record_event')
 
@@ -137,6 +148,9 @@ class Routed(Net):
     def training_step(self, batch, batch_idx):
         return super().training_step(batch, batch_idx) * self.world  # of which DDP takes the mean
 
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.trainer.model.parameters(), lr=0.02)  # of FSDP1 those that it has made
+
     def configure_model(self):
         if self.tensor_parallel:
             from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -150,6 +164,11 @@ class Routed(Net):
                 fully_shard(layer, mesh=mesh)
             if not self.tensor_parallel:
                 fully_shard(self, mesh=mesh)
+
+
+def wrap_linear(module, recurse, nonwrapped_numel):
+    """ Whether FSDP1 makes a buffer of a module's own: of the second layer alone, so that the first shares one. """
+    return recurse or getattr(module, 'out_features', 0) == 12
 
 
 def batches_of(rank, world, how, step=8):
@@ -263,6 +282,10 @@ def train_together(folder, strategy='ddp', how='even', fault=None, epochs=2, sle
     replicas = world
     if world == 1:
         strategy = 'auto'
+    elif strategy.startswith('fsdp1'):
+        # Of each layer a buffer, and one of what is left.
+        strategy = OnCPU(process_group_backend='gloo', use_orig_params='flat' not in strategy,
+                         auto_wrap_policy=None if 'alone' in strategy else wrap_linear)
     elif strategy == 'ddp':
         strategy = pl.strategies.DDPStrategy(process_group_backend='gloo', find_unused_parameters=True)
     else:
@@ -389,17 +412,57 @@ def slices(folder, mesh_shape):
     torch.distributed.destroy_process_group()
 
 
-def flattened(folder):
-    """ What FSDP1 makes of the weights. """
-    from torch.distributed.fsdp import FullyShardedDataParallel
+class Mixed(torch.nn.Module):
+    """ Kinds of weights whose numbers lie in a buffer in different ways. """
 
-    from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.weights import why_not_a_weight
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+        self.experts = torch.nn.Parameter(torch.randn(3, 4, 5))
+        self.wide = torch.nn.Linear(5, 7)
+        self.tall = torch.nn.Linear(7, 3)
+
+    def forward(self, x):
+        x = self.conv(x).relu().mean((2, 3))
+        return self.tall(torch.einsum('bi,eio->bo', x, self.experts).relu() @ self.wide.weight.T).square().sum()
+
+
+def statistics_of(model):
+    """ All additive statistics of the weights and gradients of a model, on this process. """
+    from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.weights import weights_of
+    from geowatch.utils.lightning_ext.callbacks.plasticity_engine.statistics.tensors import functions_of
+    weights, found = weights_of(model), {}
+    for source, own in (('weights', weights), ('gradients', {layer: w.grad for layer, w in weights.items()})):
+        for function, fields in functions_of(['count', 'abs', 'squares', 'nonfinite', 'gram']).items():
+            found.update({(source, field): x for field, x in function(own, fields).items()})
+    return found
+
+
+def as_lists(totals):
+    """ Statistics as JSON has them. """
+    return {f'{source}.{field}': {layer: torch.as_tensor(x, dtype=torch.float64).tolist() for layer, x in own.items()}
+            for (source, field), own in totals.items()}
+
+
+def flattened(folder, sharding, keeps):
+    """ Statistics of what FSDP1 has flattened, after a backward pass, added up over the processes. """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+
+    from geowatch.utils.lightning_ext.callbacks.plasticity_engine.processes import Processes, layout_of
     torch.distributed.init_process_group('gloo')
-    found = []
-    for keeps in (False, True):
-        model = FullyShardedDataParallel(make_net(), use_orig_params=keeps, device_id=torch.device('cpu'))
-        found.append(sorted({str(why_not_a_weight(param)) for param in model.parameters()}))
-    if torch.distributed.get_rank() == 0:
+    together = Processes(torch.distributed.get_world_size(), 'cpu')
+    mesh = init_device_mesh('cpu', (2, together.count // 2)) if 'HYBRID' in sharding else None
+    torch.manual_seed(0)
+    model = FullyShardedDataParallel(
+        Mixed().double(), sharding_strategy=ShardingStrategy[sharding], use_orig_params=keeps, device_mesh=mesh,
+        device_id=torch.device('cpu'), auto_wrap_policy=lambda module, recurse, nonwrapped_numel: recurse or isinstance(
+            module, torch.nn.Conv2d))
+    model(torch.randn(6, 3, 5, 5).double()).backward()
+    stats = statistics_of(model)
+    messages = together.exchange({'layout': layout_of([stats])})
+    (total,), _ = together.add_up([stats], [message['layout'] for message in messages])
+    if together.rank == 0:
         with open(f'{folder}/found.json', 'w') as file:
-            json.dump(found, file)
+            json.dump(as_lists(total), file)
     torch.distributed.destroy_process_group()

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from common import ACTIVATIONS, AT_START, NOISE, lines_of, of_source
-from process_runs import CAN_SHARD_ON_CPU, OURS, flattened, layouts, run_processes, train_together, trains_alone
+from process_runs import CAN_SHARD_ON_CPU, OURS, layouts, run_processes, train_together, trains_alone
 
 from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import METRICS
 
@@ -221,10 +221,3 @@ def test_tensor_parallel_weights(tmp_path, one, count, source):
     same(ran.lines, [line for line in one['fsdp2', source] if line['metric'] in names])
     assert max(ran.collectives().values()) <= 2
     assert not any('Not watched' in said and 'erank' in said.partition('Not watched')[2] for said in ran.said)
-
-
-def test_flattened_weights_are_told(tmp_path):
-    # Nothing is wrong silently: FSDP1 hides which numbers are weights.
-    assert run_processes(flattened, 2, str(tmp_path)) == [0, 0]
-    for reasons in json.loads((tmp_path / 'found.json').read_text()):
-        assert any('FSDP1' in reason for reason in reasons) and 'None' not in reasons

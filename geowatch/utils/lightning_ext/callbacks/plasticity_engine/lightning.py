@@ -192,7 +192,7 @@ def scale_of(trainer, optimizer):
     scaler = scaler_of(trainer)
     if scaler is not None and getattr(optimizer, '_step_supports_amp_scaling', False):
         return scaler.get_scale()
-    return 1.
+    return float(getattr(optimizer, 'loss_scale', 1.))  # that of DeepSpeed, which unscales as it steps
 
 
 def scaler_of(trainer):

@@ -159,7 +159,8 @@ class _Addend:
 
     def give(self, buffer, here):
         if self._own is not None:
-            own = self._own.detach() if isinstance(self._own, torch.Tensor) else torch.tensor(self._own)
+            own = self._own.detach() if isinstance(self._own, torch.Tensor) else torch.tensor(
+                self._own, dtype=torch.float64)  # a third of a count is no float32
             buffer.copy_(own.reshape(-1)[here])
 
     def take(self, buffer, here):

@@ -142,9 +142,9 @@ class Trails:
             if known is None:
                 owner = self._owners.known.get(id(x))
                 if owner is None:
-                    if isinstance(x, nn.Parameter):
+                    if isinstance(x, nn.Parameter) or self._owners.are_flat:
                         owner = self._owners.of_unknown(x, path)
-                    elif x.grad_fn is not None:
+                    if owner is None and x.grad_fn is not None:
                         self._note_opaque(x, path)
             else:
                 owner = known.owner
