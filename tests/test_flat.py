@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from common import NOISE, lines_of
-from process_runs import Mixed, as_lists, flattened, run_processes, statistics_of
+from process_runs import Mixed, as_lists, flattened, run_processes, statistics_of, zero_stands_in
 from test_processes import Ran, same
 
 from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import METRICS
@@ -45,10 +45,21 @@ def test_fsdp1_is_like_one_process(tmp_path, one, strategy, count, how):
 def test_what_fsdp1_has_flattened(tmp_path, sharding, keeps, count):
     """ Weights and gradients, also of matrices in one parameter, and of a convolution whose channels are last. """
     assert run_processes(flattened, count, str(tmp_path), sharding, keeps) == [0] * count
+    adds_up(tmp_path)
+
+
+@pytest.mark.parametrize('stage, count', [(1, 3), (3, 2)])
+def test_what_deepspeed_keeps_in_parts(tmp_path, stage, count):
+    """ Of stand-ins, since most have no DeepSpeed; ZeRO 2 differs from ZeRO 1 in nothing that is read. """
+    assert run_processes(zero_stands_in, count, str(tmp_path), stage) == [0] * count
+    adds_up(tmp_path)
+
+
+def adds_up(folder):
     torch.manual_seed(0)
     model = Mixed().double()
     model(torch.randn(6, 3, 5, 5).double()).backward()
-    expected, got = as_lists(statistics_of(model)), json.loads((tmp_path / 'found.json').read_text())
+    expected, got = as_lists(statistics_of(model)), json.loads((folder / 'found.json').read_text())
     assert got.keys() == expected.keys()
     assert set(got['weights.abs']) == {'conv', 'experts.0', 'experts.1', 'experts.2', 'wide', 'tall'}
     for key, own in expected.items():
@@ -57,3 +68,19 @@ def test_what_fsdp1_has_flattened(tmp_path, sharding, keeps, count):
             assert torch.tensor(got[key][layer]).tril() == pytest.approx(torch.tensor(x).tril(), rel=1e-11, abs=1e-14
                                                                          ) if 'gram' in key else (
                 got[key][layer] == pytest.approx(x, rel=1e-12)), (key, layer)
+
+
+@pytest.mark.slow  # it compiles a function of its own first
+@pytest.mark.parametrize('stage', [1, 2, 3])
+def test_deepspeed_is_like_one_process(tmp_path, one, stage, monkeypatch):
+    """ On a CPU, in float32, as it knows nothing wider. """
+    pytest.importorskip('deepspeed', reason='DeepSpeed is not installed')
+    ran = Ran(tmp_path, 2, strategy=f'zero{stage}', monitor={'source': 'train'}, seconds=600)
+    for line, other in zip(*(sorted((line for line in lines if line['metric'] not in NOISE),
+                                    key=lambda line: (line['metric'], line['step'])) for lines in (ran.lines, one)),
+                           strict=True):
+        assert (line['metric'], line['step'], line['samples']) == (other['metric'], other['step'], other['samples'])
+        assert line['value'] == pytest.approx(other['value'], rel=1e-5)
+        assert line['layers'].keys() == other['layers'].keys()
+        for layer, own in line['layers'].items():
+            assert own['value'] == pytest.approx(other['layers'][layer]['value'], rel=1e-4), (line['metric'], layer)

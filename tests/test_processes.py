@@ -19,13 +19,13 @@ TAGS = tuple(METRICS)
 class Ran:
     """ What the ranks have left in a folder. """
 
-    def __init__(self, folder, count, **kwargs):
+    def __init__(self, folder, count, seconds=120, **kwargs):
         if kwargs.get('strategy') == 'fsdp2' and not CAN_SHARD_ON_CPU:
             pytest.skip('FSDP2 does not run on a CPU with this version of torch or of Lightning')
         Path(folder).mkdir(exist_ok=True)
         defaults = {'strategy': 'ddp', 'how': 'even', 'fault': None, 'epochs': 2, 'sleep': 0., 'monitor': None,
                     'toys': 0, 'accumulate': 1}
-        self.codes = run_processes(train_together, count, str(folder), *{**defaults, **kwargs}.values())
+        self.codes = run_processes(train_together, count, str(folder), *{**defaults, **kwargs}.values(), seconds=seconds)
         self.said = [(Path(folder) / f'rank{rank}.txt').read_text() for rank in range(count)]
         assert self.codes == [0] * count, self.said
         self.ranks = [json.loads((Path(folder) / f'rank{rank}.json').read_text()) for rank in range(count)]

@@ -4,6 +4,7 @@ Parameters that a strategy keeps in flat buffers, of which each process has a pa
 All that is private in these two is here.
 """
 import itertools
+import sys
 from collections.abc import Callable
 
 import torch
@@ -131,6 +132,27 @@ def stepped_by(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
         if groups := getattr(optimizer, name, None):
             return list(itertools.chain.from_iterable(groups))
     return [param for group in getattr(optimizer, 'param_groups', ()) for param in group['params']]
+
+
+def calls_torch(package: str) -> bool:
+    """
+    Whether a call of torch that we are told of comes from some package: ZeRO 3 detaches what modules hand on.
+
+    Args:
+        package (str): how the names of its modules begin
+
+    Returns:
+        bool:
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.flat import calls_torch
+        >>> calls_torch('deepspeed.')
+        False
+    """
+    ours, frame = __name__.rpartition('.sources.')[0], sys._getframe(1)
+    while frame is not None and frame.f_globals.get('__name__', '').startswith((ours, 'torch.')):
+        frame = frame.f_back
+    return frame is not None and frame.f_globals.get('__name__', '').startswith(package)
 
 
 # --- FSDP1 -------------------------------------------------------------------

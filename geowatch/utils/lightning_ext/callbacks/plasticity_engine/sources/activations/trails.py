@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from ..flat import calls_torch
 from .axes import MOVES, SLICES, Place, follow_units, units_in, whole
 from .layers import LAYERS, NORM_AXIS, layer_places
 from .owners import LOOKUPS, MASKS, Owners, slice_name
@@ -213,7 +214,7 @@ class Trails:
                 source, trail = max(found, key=lambda pair: (
                     pair[0].shape == outputs[0].shape, pair[0].ndim == outputs[0].ndim, bool(pair[1].place),
                     pair[1].run.order))
-        if name == 'detach':
+        if name == 'detach' and not calls_torch('deepspeed.'):
             pending, is_trained = _NONE, False
             root = root or next(self._order)
         for x in outputs:
