@@ -12,7 +12,6 @@ from common import ACTIVATIONS, AT_START, NOISE, lines_of, of_source
 from process_runs import (
     CAN_SHARD_ON_CPU,
     OURS,
-    flattened,
     layouts,
     one_by_one,
     run_processes,
@@ -28,13 +27,14 @@ TAGS = tuple(METRICS)
 class Ran:
     """ What the ranks have left in a folder. """
 
-    def __init__(self, folder, count, **kwargs):
+    def __init__(self, folder, count, seconds=120, **kwargs):
         if kwargs.get('strategy') == 'fsdp2' and not CAN_SHARD_ON_CPU:
             pytest.skip('FSDP2 does not run on a CPU with this version of torch or of Lightning')
         Path(folder).mkdir(exist_ok=True)
         defaults = {'strategy': 'ddp', 'how': 'even', 'fault': None, 'epochs': 2, 'sleep': 0., 'monitor': None,
                     'toys': 0, 'accumulate': 1}
-        self.codes = run_processes(train_together, count, str(folder), *{**defaults, **kwargs}.values())
+        self.codes = run_processes(
+            train_together, count, str(folder), *{**defaults, **kwargs}.values(), seconds=seconds)
         self.said = [(Path(folder) / f'rank{rank}.txt').read_text() for rank in range(count)]
         assert self.codes == [0] * count, self.said
         self.ranks = [json.loads((Path(folder) / f'rank{rank}.json').read_text()) for rank in range(count)]
@@ -265,10 +265,3 @@ def test_tensor_parallel_weights(tmp_path, one, count, source):
     same(ran.lines, [line for line in one['fsdp2', source] if line['metric'] in names])
     assert max(ran.collectives().values()) <= 2
     assert not any('Not watched' in said and 'erank' in said.partition('Not watched')[2] for said in ran.said)
-
-
-def test_flattened_weights_are_told(tmp_path):
-    # Nothing is wrong silently: FSDP1 hides which numbers are weights.
-    assert run_processes(flattened, 2, str(tmp_path)) == [0, 0]
-    for reasons in json.loads((tmp_path / 'found.json').read_text()):
-        assert any('FSDP1' in reason for reason in reasons) and 'None' not in reasons

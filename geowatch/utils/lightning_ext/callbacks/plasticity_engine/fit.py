@@ -48,6 +48,7 @@ from .say import say, warn
 from .sinks import Sinks
 from .sources.activations.looks import Looks, layer_paths
 from .sources.activations.modules import FUSED_FUNCTIONS
+from .sources.flat import stepped_by
 from .sources.weights import Trained, parameters_of, wanted, weights_of
 from .steps import Steps
 from .verdict import Curves, words_on
@@ -167,8 +168,7 @@ class Fit:
         self._is_new = begins_anew(trainer)
         if self.run is None or self._is_new:
             self.run = new_run()
-        covered = {id(param) for optimizer in trainer.optimizers for group in optimizer.param_groups
-                   for param in group['params']}
+        covered = {id(param) for optimizer in trainer.optimizers for param in stepped_by(optimizer)}
         self._scales = getattr(trainer.precision_plugin, 'scaler', None) is not None
         self._told = covered if module.automatic_optimization else set()
         if all(id(param) in self._told for weight in weights_of(module).values() for param in parameters_of(weight)):

@@ -260,7 +260,7 @@ def scale_of(trainer, optimizer) -> float | torch.Tensor:
     """ What gradients are multiplied by as an optimizer begins to step; a Tensor where only the device knows. """
     scaler = scaler_of(trainer)
     if scaler is None or not unscales_itself(optimizer):
-        return 1.
+        return float(getattr(optimizer, 'loss_scale', 1.))  # that of DeepSpeed, which unscales as it steps
     # A private name, since the public one waits for the device.
     scale = getattr(scaler, '_scale', None)
     return scaler.get_scale() if scale is None else double(scale)

@@ -169,7 +169,8 @@ class _Addend:
         if here.start == 0 and self._own is not None:
             own, self._own = self._own, None
             own = made(own)
-            self._own = own.detach() if isinstance(own, torch.Tensor) else torch.tensor(own)
+            # A third of a count is no float32.
+            self._own = own.detach() if isinstance(own, torch.Tensor) else torch.tensor(own, dtype=torch.float64)
         if self._own is not None:
             buffer.copy_(self._own.reshape(-1)[here])
 
