@@ -122,7 +122,7 @@ def compared_settings(runs):
     columns, more = {}, 0
     used = set()
     for title, names in COMMON_SETTINGS.items():
-        keys = [_find_key(run.settings, names) for run in runs]
+        keys = [find_key(run.settings, names) for run in runs]
         used |= set(keys)
         values = [_short(run.settings.get(key)) for run, key in zip(runs, keys, strict=True)]
         if any(value is not None for value in values):
@@ -144,7 +144,7 @@ def _is_twin(key, values, columns):
                and list(map(_short, values)) == column for title, column in columns.items())
 
 
-def _find_key(settings, names):
+def find_key(settings, names):
     """ The key of that name which is nearest to the root; one of the optimizer goes first. """
     keys = [key for key in settings if any(key == name or key.endswith(f'.{name}') for name in names)]
     return min(keys, key=lambda key: ('optim' not in key, key.count('.'), key), default=None)
