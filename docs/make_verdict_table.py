@@ -15,6 +15,7 @@ accuracy. A gain of 0.9 is 'good'. What has less is 'too high' where its learnin
 the same batch size, and 'too low' where it is below it; that best run itself is 'between' and does not count. A run is
 'dead' where it is too high with a gain below 0.1.
 """
+import dataclasses
 import json
 import logging
 import math
@@ -188,12 +189,85 @@ def train_all(out, sweeps):
         print(f'{network}, {optimizer}: trained', flush=True)
 
 
-def gain_of(truth, best):
-    """ What a run has won of what the best has won over the fresh network: 1 for the best, 0 for nothing. """
-    column = 0 if truth['after'][1] is None else 1
-    sign = 1 if column else -1
-    won = sign * (truth['after'][column] - truth['before'][column])
-    return won / best if math.isfinite(won) else -math.inf
+def won(truth):
+    """ What a run has won over the fresh network: accuracy, or loss where there is none. """
+    (loss, accuracy), (loss_before, accuracy_before) = truth['after'], truth['before']
+    gain = loss_before - loss if accuracy is None else accuracy - accuracy_before
+    return gain if math.isfinite(gain) else -math.inf
+
+
+def labels(runs):
+    """
+    What is true of the runs of a sweep.
+
+    Args:
+        runs (Dict[Tuple[float, int], dict]): learning rate and batch size to truth.json
+
+    Returns:
+        Dict[Tuple[float, int], str]: 'good', 'too high', 'dead', 'too low' or 'between'
+    """
+    gains = {run: won(truth) for run, truth in runs.items()}
+    most, true = max(gains.values()), {}
+    for (lr, batch_size), gain in gains.items():
+        best = max(rate for rate, size in runs if size == batch_size
+                   and gains[rate, size] == max(gains[own] for own in runs if own[1] == batch_size))
+        true[lr, batch_size] = ('good' if gain >= 0.9 * most else 'between' if lr == best else 'too low' if lr < best
+                                else 'dead' if gain < 0.1 * most else 'too high')
+    return true
+
+
+def load(folder):
+    """ The runs of a sweep as the report reads them, and what is true of them. """
+    from geowatch.utils.lightning_ext.callbacks.plasticity_report.runs import load_runs
+    from geowatch.utils.lightning_ext.callbacks.plasticity_report.scalars import load_scalars
+    runs, _ = load_runs([folder])
+    truths = {}
+    for run in runs:
+        load_scalars(run)
+        truths[run.settings['lr'], run.settings['batch_size']] = json.loads(
+            (run.folders[0].parents[1] / 'truth.json').read_text())
+    true = labels(truths)
+    return runs, [true[run.settings['lr'], run.settings['batch_size']] for run in runs]
+
+
+def without(runs, *names):
+    """ Runs as if they had not logged some scalars. """
+    return [dataclasses.replace(run, scalars={name: x for name, x in run.scalars.items() if name not in names})
+            for run in runs]
+
+
+def views(runs):
+    """ What the report may have to judge by: each a list of verdicts. """
+    from geowatch.utils.lightning_ext.callbacks.plasticity_report.verdicts import judge
+    validation, every = ('val_loss', 'val_acc'), ('val_loss', 'val_acc', 'train_loss')
+    return {'with validation': judge(runs), 'with validation loss': judge(without(runs, 'val_acc')),
+            'with training loss': judge(without(runs, *validation)), 'metrics alone': judge(without(runs, *every)),
+            'one run': [judge([run])[0] for run in runs],
+            'one run, training loss': [judge([run])[0] for run in without(runs, *validation)],
+            'one run, metrics alone': [judge([run])[0] for run in without(runs, *every)]}
+
+
+def judge_all(out, sweeps, verbose):
+    """ Print how many verdicts are right, sweep by sweep, and what is wrong. """
+    count = {}
+    for network, optimizer in sweeps:
+        runs, true = load(out / f'{network} {optimizer}')
+        row = []
+        for view, verdicts in views(runs).items():
+            counted = [(run, label, verdict) for run, label, verdict in zip(runs, true, verdicts, strict=True)
+                       if label != 'between']
+            wrong = [(run, label, verdict) for run, label, verdict in counted
+                     if WORDS[verdict.word] != {'dead': 'too high'}.get(label, label)]
+            healthy = sum(label == 'dead' and verdict.word == 'learned' for _, label, verdict in counted)
+            for i, x in enumerate((len(counted) - len(wrong), len(counted), healthy)):
+                count.setdefault(view, [0, 0, 0])[i] += x
+            row.append(f'{len(counted) - len(wrong)} of {len(counted)}' + f', {healthy} DEAD' * bool(healthy))
+            for run, label, verdict in wrong if verbose in (view, 'all') else ():
+                print(f'  {view}: {network}, {optimizer}, {run.name} is {label}, called {verdict.word}: '
+                      f'{verdict.reason}')
+        print(f'| {network}, {optimizer} | {" | ".join(row)} |')
+    print(f'| all | {" | ".join(f"{right} of {all_}, {healthy} dead" for right, all_, healthy in count.values())} |')
+    print(list(count))
 
 
 class MakeVerdictTableCLI(scfg.DataConfig):
@@ -203,7 +277,7 @@ class MakeVerdictTableCLI(scfg.DataConfig):
     what = scfg.Value('judge', position=1, choices=['train', 'judge'], help='train the sweeps, or judge what is there')
     out = scfg.Value('sweeps', type=str, help='folder of the sweeps')
     half = scfg.Value('tuned', choices=['tuned', 'held out'], help='which half to judge')
-    verbose = scfg.Value(False, isflag=True, help='print each verdict that is wrong')
+    verbose = scfg.Value('', type=str, help='print each verdict of this view that is wrong')
 
     @classmethod
     def main(cls, cmdline=1, **kwargs):
@@ -221,6 +295,8 @@ class MakeVerdictTableCLI(scfg.DataConfig):
             torch.set_num_threads(1)
             for sweeps in halves().values():
                 train_all(out, sweeps)
+        else:
+            judge_all(out, [sweep for sweep in halves()[config.half] if (out / ' '.join(sweep)).exists()], config.verbose)
 
 
 if __name__ == '__main__':

@@ -132,7 +132,9 @@ def _write(table, findings, config):
             pictures, left_out = draw_all(table, out, x)
     except OSError as ex:
         raise ReportError(f'{out}: the report could not be written ({ex})') from None
-    for line in [*_advice(table), *summary(table), *(finding.sentence for finding in findings), *left_out]:
+    for line in summary(table):
+        print(line)
+    for line in [*_advice(table), *(finding.sentence for finding in findings), *left_out]:
         print(f'- {line}')
     print(CAVEAT)
     print(f'Wrote {page}' + (f' and {len(pictures)} pictures beside it' if config.png else ''))

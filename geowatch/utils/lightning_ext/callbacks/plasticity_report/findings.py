@@ -4,6 +4,7 @@ From measurements to a table of trends, and to sentences about what is worth a l
 import dataclasses
 import itertools
 import math
+import re
 
 from .foreign import readable
 from .scalars import find_scalar
@@ -64,6 +65,11 @@ def trend(steps, values, percent=False):
 
 def _direction(values, percent):
     fifth = max(1, len(values) // 5)
+    low, high, start = min(values[fifth:]), max(values[fifth:]), values[0]
+    # Of a jump in the first fifth, rank correlation sees little: the start lies far outside all that comes after it.
+    apart = max(0.01 if percent else 0.05 * max(abs(start), abs(low), abs(high)), (high - low) / 2)
+    if not low - apart <= start <= high + apart:
+        return 'falls' if start > high else 'rises'
     first, last = sum(values[:fifth]) / fifth, sum(values[-fifth:]) / fifth
     small = 0.01 if percent else 0.05 * max(abs(first), abs(last))
     if abs(last - first) <= small:
@@ -154,20 +160,22 @@ class Table:
     def labels(self):
         """ Names of runs with the settings in which they differ, where the name does not hold them. """
         differing = {title: values for title, values in self.settings.items() if len(set(map(str, values))) > 1}
+        # A name such as lr2-bs8 says it all, where each of them does.
+        telling = [(title, values) for title, values in list(differing.items())[:3]
+                   if not all(_says(run.name, value) for run, value in zip(self.runs, values, strict=True))]
         labels = []
         for i, run in enumerate(self.runs):
-            extra = [_setting(title, values[i]) for title, values in list(differing.items())[:3]
-                     if values[i] is not None and str(values[i]) not in run.name]
+            extra = [_setting(title, values[i]) for title, values in telling if values[i] is not None]
             labels.append(f'{run.name} ({", ".join(extra)})' if extra else run.name)
         return labels
 
     def signs(self, i):
-        """ The metrics of run i that moved far from where they began. """
+        """ The metrics of run i that moved far from where they began, and in that direction. """
         return [name for name in in_order([self.runs[i]]) if _is_sign(name, self.trends[i][name])]
 
 
 def _is_sign(name, trend):
-    return trend.word in ('rises', 'falls') and _ended_far(name, trend)
+    return _ended_far(name, trend) and trend.word == ('rises' if trend.end > trend.start else 'falls')
 
 
 def _ended_far(name, trend):
@@ -179,6 +187,13 @@ def _setting(title, value):
     short = {'learning rate': 'lr', 'batch size': 'batch'}.get(title, title)
     text = f'{value:g}' if _is_number(value) else readable(str(value), 40)
     return text if title == 'optimizer' else f'{short} {text}'
+
+
+def _says(name, value):
+    """ Does a name hold a setting, be it written in another way, as 1e-05 and 0.00001? """
+    if _is_number(value):
+        return value in map(float, re.findall(r'\d+(?:\.\d+)?(?:e[-+]?\d+)?', name))
+    return value is None or str(value) in name
 
 
 def _is_number(value):
@@ -205,6 +220,11 @@ def make_table(runs, under=None):
                  more, verdicts, rank(runs, verdicts, under))
 
 
+HEADS = {'broken': 'Broke', 'sign': 'Worth a look', 'calm': 'No sign', 'data': 'Data'}
+# What a verdict is, whatever else is to be said of the run.
+KINDS = {'diverged': 'broken', 'collapsed': 'broken', 'slow': 'sign', 'hardly moved': 'sign', 'learned': 'calm'}
+
+
 @dataclasses.dataclass
 class Finding:
     """
@@ -213,11 +233,19 @@ class Finding:
         run (str): label of the run that it is about, or nothing
         text (str): with the numbers
         why (str): the reason, or nothing
+        word (str): the verdict on the run, or nothing
     """
     kind: str
     run: str
     text: str
     why: str = ''
+    word: str = ''
+
+    @property
+    def head(self):
+        """ What stands beside it: the verdict, unless more is to be seen in a run that has learned. """
+        return self.word.capitalize() if self.word and (self.kind, self.word) != ('sign', 'learned') else (
+            HEADS[self.kind])
 
     @property
     def sentence(self):
@@ -236,7 +264,8 @@ def find(table):
     """
     labels = table.labels()
     signs = [table.signs(i) for i in range(len(table.runs))]
-    findings = [_broken(label, trends) for label, trends in zip(labels, table.trends, strict=True)]
+    words = [verdict.word for verdict in table.verdicts]
+    findings = [_broken(*one) for one in zip(labels, table.trends, words, strict=True)]
     for i in sorted(range(len(labels)), key=lambda i: -len(signs[i])):
         if signs[i]:
             findings.append(_signs(table, labels, signs, i))
@@ -244,12 +273,12 @@ def find(table):
     return [f for f in findings if f] + _about_data(table, labels)
 
 
-def _broken(label, trends):
+def _broken(label, trends, word):
     broken = [f'{describe(name).short} from step {t.broke_at}' for name, t in trends.items() if t.broke_at is not None]
     if broken:
         return Finding('broken', label, f'not a finite number: {", ".join(broken)}.',
                        'Values that overflow or are not a number mean that training has diverged there, '
-                       'or that the metric could not be computed.')
+                       'or that the metric could not be computed.', word)
 
 
 def _moved(name, trend):
@@ -270,7 +299,9 @@ def _signs(table, labels, signs, i):
         text += f' {_some(clear)} {one if len(clear) == 1 else many}.'
     elif others and all(set(signs[i]) <= set(signs[j]) for j in others):
         text += ' The other runs show the same.'
-    return Finding('sign', labels[i], text, ' '.join(describe(name).why for name in signs[i]))
+    word = table.verdicts[i].word
+    return Finding('broken' if KINDS.get(word) == 'broken' else 'sign', labels[i], text,
+                   ' '.join(describe(name).why for name in signs[i]), word)
 
 
 def _some(labels):
@@ -294,21 +325,24 @@ def _worst_layer(run, name):
 
 
 def _calm(table, labels, calm):
-    moves = {}
+    findings, still = [], {}
     for i in calm:
-        shown = [(name, t) for name, t in table.trends[i].items()
-                 if describe(name).rule and t.word not in ('one point', 'no data')]
-        if shown:
-            moves[labels[i]] = ', '.join(_moved(name, t) for name, t in shown)
-    restless = {labels[i]: [describe(name).short for name, t in table.trends[i].items()
-                            if t.word == 'up and down' and _ended_far(name, t)] for i in calm}
-    still = [label for label in moves if not restless[label]]
-    findings = [Finding('calm', label, f'{" and ".join(restless[label])} went up and down, without a trend, and ended '
-                        f'far from the start ({text}).') for label, text in moves.items() if restless[label]]
-    if len(still) > 4:
-        return [*findings, Finding('calm', _some(still), 'nothing moved far from its own start.')]
-    return findings + [Finding('calm', label, f'nothing moved far from its own start ({moves[label]}).')
-                       for label in still]
+        word, shown = table.verdicts[i].word, [(name, t) for name, t in table.trends[i].items()
+                                               if describe(name).rule and t.word not in ('one point', 'no data')]
+        moves = ', '.join(_moved(name, t) for name, t in shown)
+        restless = [describe(name).short for name, t in table.trends[i].items()
+                    if t.word != 'steady' and _ended_far(name, t)]
+        if restless:
+            findings.append(Finding('broken' if KINDS.get(word) == 'broken' else 'sign', labels[i],
+                                    f'{" and ".join(restless)} went up and down, without a trend, and ended far from '
+                                    f'the start ({moves}).', word=word))
+        elif shown:
+            still.setdefault(word, {})[labels[i]] = moves
+    for word, alike in still.items():
+        said = {label: f' ({moves})' for label, moves in alike.items()} if len(alike) <= 4 else {_some([*alike]): ''}
+        findings += [Finding(KINDS.get(word, 'calm'), label, f'nothing moved far from its own start{moves}.', word=word)
+                     for label, moves in said.items()]
+    return findings
 
 
 def _about_data(table, labels):
@@ -372,5 +406,7 @@ def to_records(table):
             record.update({f'{name}.start': t.start, f'{name}.end': t.end, f'{name}.trend': t.word,
                            f'{name}.points': t.points, f'{name}.not_finite_from': t.broke_at})
         record['signs'] = table.signs(i)
+        verdict = table.verdicts[i]
+        record.update(verdict=verdict.word, verdict_reason=verdict.reason, best=verdict.best)
         records.append(record)
     return records

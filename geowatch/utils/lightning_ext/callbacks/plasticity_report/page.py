@@ -22,7 +22,6 @@ MOST_NUMBERS, LINE_POINTS, LAYER_POINTS = 40_000, 600, 100
 # More runs than this are drawn by their running means alone: noise upon noise shows nothing.
 MOST_NOISY = 6
 HEATMAP_COLUMNS, HEATMAP_CELLS = 60, 4000
-KINDS = {'broken': 'Broke', 'sign': 'Worth a look', 'calm': 'No sign', 'data': 'Data'}
 ARROWS = {'rises': '\u2197', 'falls': '\u2198', 'steady': '\u2192', 'up and down': '\u223f'}
 HERE = Path(__file__).parent
 
@@ -112,7 +111,7 @@ def _findings(findings):
     for finding in findings:
         about = f'<b>{html.escape(finding.run)}</b>: ' if finding.run else ''
         why = f'<p class="why">{_pretty(finding.why)}</p>' if finding.why else ''
-        items.append(f'<li class="{finding.kind}"><span class="kind">{KINDS[finding.kind]}</span>'
+        items.append(f'<li class="{finding.kind}"><span class="kind">{html.escape(finding.head)}</span>'
                      f'<div><p>{about}{_pretty(finding.text)}</p>{why}</div></li>')
     return '\n'.join(items)
 

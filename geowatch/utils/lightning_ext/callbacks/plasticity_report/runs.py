@@ -49,6 +49,7 @@ class Run:
         settings (Dict[str, object]): from config.yaml and hparams.yaml, flat
         notes (List[str]): what was odd about its files
         name (str): unique among the runs of a report
+        small_start (Dict[str, Point]): ranks of the untrained network on few examples: the true ones are higher
     """
     folders: list
     metrics: dict
@@ -56,6 +57,7 @@ class Run:
     notes: list
     scalars: dict = dataclasses.field(default_factory=dict)
     name: str = ''
+    small_start: dict = dataclasses.field(default_factory=dict)
 
     @property
     def last_step(self):
@@ -142,8 +144,8 @@ def _log_folders(path):
 
 
 def _natural(path):
-    """ version_10 comes after version_9, and lr0.1 after lr0.02. """
-    parts = re.split(r'(\d+(?:\.\d+)?)', str(path))
+    """ version_10 comes after version_9, lr0.1 after lr0.02, and lr1e-05 before both. """
+    parts = re.split(r'(\d+(?:\.\d+)?(?:e[-+]?\d+)?)', str(path))
     return [float(part) if i % 2 else part for i, part in enumerate(parts)], str(path)
 
 
@@ -261,7 +263,7 @@ def _join(parts):
                 while points and next(reversed(points)) > step:
                     points.popitem()
         own[step] = Point(**row)
-    few = sorted(name for name, points in metrics.items() if _drop_small_start(name, points))
+    few = {name: points.pop(-1) for name, points in sorted(metrics.items()) if _has_small_start(name, points)}
     if few:
         notes.append(f'{", ".join(few)} of the untrained network had far fewer examples than later, so that it is '
                      'left out (num_sanity_val_steps=-1 gives it as many)')
@@ -274,17 +276,15 @@ def _join(parts):
     if not parts[0].settings:
         notes.append('no settings found (config.yaml, or hparams.yaml of self.save_hyperparameters())')
     metrics = {name: list(points.values()) for name, points in metrics.items() if points}
-    return Run([part.folder for part in parts], metrics, parts[-1].settings, notes)
+    return Run([part.folder for part in parts], metrics, parts[-1].settings, notes, small_start=few)
 
 
-def _drop_small_start(name, points):
+def _has_small_start(name, points):
     """ The rank of few examples is small whatever the network is: it is no start to compare with. """
-    start, *later = points.values()
-    is_small = (is_rank_of_features(name) and start.step < 0 and later and start.samples and later[0].samples
-                and start.samples < 0.5 * later[0].samples)
-    if is_small:
-        del points[start.step]
-    return is_small
+    if not is_rank_of_features(name) or len(points) < 2 or -1 not in points:
+        return False
+    start, later = (point.samples for point in list(points.values())[:2])
+    return start and later and start < 0.5 * later
 
 
 # --- names ----------------------------------------------------------------

@@ -2,9 +2,18 @@
 What the loggers of a run wrote beside the measurements: losses and accuracies.
 """
 import csv
+import re
 
 from .foreign import readable, whole
 from .runs import ReportError
+
+# Words in names of scalars. An abbreviation stands alone: `mae` is an error, and `maes` is none.
+LOSSES = frozenset('loss losses error err mse rmse mae mape nll nelbo bce ce perplexity ppl wer cer fid kl brier ece '
+                   'cost regret divergence distance'.split())
+SCORES = frozenset('acc accuracy acc1 acc5 top1 top5 f1 fbeta auc auroc auprc ap map map50 iou miou jaccard dice r2 '
+                   'precision recall sensitivity specificity kappa mcc ndcg mrr bleu rouge psnr ssim reward return '
+                   'score elbo pearson spearman'.split())
+VALIDATION = frozenset('val valid validation dev eval test'.split())
 
 
 def load_scalars(run):
@@ -73,11 +82,11 @@ def _read_csv(fpath, notes):
 
 def choose_under(runs, wanted):
     """
-    The scalar to draw under each metric.
+    The scalar to draw under each metric, and to judge runs by.
 
     Args:
         runs (List[Run]): with their scalars
-        wanted (str): a name, 'auto' for a loss where there is one, 'none'
+        wanted (str): a name, 'auto' for one of validation where there is one and else for the training loss, 'none'
 
     Returns:
         str | None: a name that at least one run has
@@ -92,9 +101,71 @@ def choose_under(runs, wanted):
         if not any(find_scalar(run, wanted) for run in runs):
             raise ReportError(f'--under={wanted}: no run has it. There is: {", ".join(sorted(names)) or "nothing"}')
         return wanted
-    likely = ['train_loss', 'loss', 'train/loss', 'val_loss', 'val/loss', 'train_acc', 'val_acc']
-    likely += [name for name in names if 'loss' in name.lower()] + [name for name in names if 'acc' in name.lower()]
-    return next((name for name in likely if any(find_scalar(run, name) for run in runs)), None)
+    return score_name(runs) or next((name for name in names if 'acc' in name.lower()), None)
+
+
+def direction(name):
+    """
+    Whether a scalar is better when it is larger, as its name says.
+
+    Args:
+        name (str): as it was logged
+
+    Returns:
+        int: 1 for an accuracy, -1 for a loss, 0 where the name does not tell
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_report.scalars import direction
+        >>> direction('val/top1_acc'), direction('valLoss'), direction('error_of_map'), direction('lr')
+        (1, -1, -1, 0)
+    """
+    words = _words_of(name)
+    # The loss of an accuracy is a loss.
+    return -1 if words & LOSSES else 1 if words & SCORES else 0
+
+
+def _words_of(name):
+    """ Of val/mIoU and valLoss, as they are written and by their capitals. """
+    apart = re.sub(r'([a-z\d])([A-Z])', r'\1_\2', name)
+    return set(re.findall(r'[a-z]+\d*', f'{name} {apart}'.lower()))
+
+
+def _is_validation(name):
+    return bool(_words_of(name) & VALIDATION)
+
+
+def score_name(runs):
+    """
+    The scalar that runs are judged by: what was measured in validation, a score before a loss; or a training loss.
+
+    Args:
+        runs (List[Run]): with their scalars
+
+    Returns:
+        str | None: a name that at least one run has, None where there is neither
+    """
+    names = list(dict.fromkeys(name for run in runs for name in run.scalars))
+    validated = [name for name in names if direction(name) and _is_validation(name)]
+    # An accuracy is what most want, and what comes as the mean of an epoch before what comes of a step.
+    validated.sort(key=lambda name: (-direction(name), 'acc' not in name.lower(), name.endswith('_step')))
+    return next(iter(validated), None) or loss_name(runs)
+
+
+def loss_name(runs):
+    """
+    The loss of training.
+
+    Args:
+        runs (List[Run]): with their scalars
+
+    Returns:
+        str | None: a name that at least one run has, None where there is none
+    """
+    names = dict.fromkeys(name for run in runs for name in run.scalars)
+    losses = [name for name in names if direction(name) < 0 and not _is_validation(name)]
+    likely = ('train_loss', 'train/loss', 'loss', 'train_loss_step', 'train_loss_epoch')
+    losses.sort(key=lambda name: (name not in likely, 'loss' not in name.lower()))
+    return next(iter(losses), None)
 
 
 def find_scalar(run, name):

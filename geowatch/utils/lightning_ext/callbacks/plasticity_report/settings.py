@@ -1,7 +1,9 @@
 """
 The settings of a run, from config.yaml of LightningCLI or hparams.yaml, and what differs between runs.
 """
+import datetime
 import re
+import struct
 from pathlib import Path
 
 from .foreign import LARGEST, readable
@@ -10,14 +12,18 @@ from .foreign import LARGEST, readable
 WHEREABOUTS = {'default_root_dir', 'save_dir', 'dirpath', 'root_dir', 'log_dir', 'ckpt_path', 'version'}
 # What people call the three settings that are tuned most.
 COMMON_SETTINGS = {
-    'learning rate': ('lr', 'learning_rate', 'step_size'),
-    'batch size': ('batch_size',),
+    'learning rate': ('lr', 'learning_rate', 'base_lr', 'step_size'),
+    'batch size': ('batch_size', 'train_batch_size', 'bs'),
     'optimizer': ('optimizer', 'optim', 'optimizer.class_path', 'optimizer_name'),
 }
 # Of a file, which takes seconds to read.
 MOST_BYTES = 1 << 20
 # Of a file, in all places where its aliases repeat them: a short one can hold billions.
 MOST_ITEMS = 100_000
+# Of numbers in one setting, such as betas.
+LONGEST_LIST = 16
+# What stands for an object that is written as bytes, such as a tensor.
+OPAQUE = object()
 # Columns that a reader can take in.
 MOST_COLUMNS = 30
 
@@ -68,10 +74,12 @@ def _load_yaml(fpath):
 
     def plain(loader, suffix, node):
         if isinstance(node, yaml.MappingNode):
-            return loader.construct_mapping(node, deep=True)
-        if isinstance(node, yaml.SequenceNode):
-            return loader.construct_sequence(node, deep=True)
-        return node.value
+            made = loader.construct_mapping(node, deep=True)
+        elif isinstance(node, yaml.SequenceNode):
+            made = _number_of(suffix, loader.construct_sequence(node, deep=True))
+        else:
+            made = node.value or suffix.rpartition(':')[2]  # a class or a function, which has nothing but its name
+        return OPAQUE if _holds_bytes(made) else made
 
     Loader.add_multi_constructor('', plain)
     loader = Loader(fpath.read_text(encoding='utf-8'))
@@ -79,6 +87,20 @@ def _load_yaml(fpath):
     if _items(node, {}) > MOST_ITEMS:
         raise _TooLarge(f'holds more than {MOST_ITEMS} items in its aliases')
     return None if node is None else loader.construct_document(node)
+
+
+def _number_of(kind, parts):
+    """ NumPy's numbers are written as their bytes, such as a learning rate of logspace. """
+    if kind.endswith('multiarray.scalar'):
+        dtype, binary = parts
+        letter = {'f8': 'd', 'f4': 'f', 'i8': 'q', 'i4': 'i', 'b1': '?'}.get(dtype['args'][0])
+        return struct.unpack(f'<{letter}', binary)[0] if letter else OPAQUE
+    return parts
+
+
+def _holds_bytes(item):
+    inner = item.values() if isinstance(item, dict) else item if isinstance(item, list) else ()
+    return item is OPAQUE or isinstance(item, bytes) or any(map(_holds_bytes, inner))
 
 
 def _items(node, known):
@@ -92,11 +114,17 @@ def _items(node, known):
     return known[id(node)]
 
 
+def _is_scalar(item):
+    return item is None or isinstance(item, (str, int, float, datetime.date))
+
+
 def _flat(item, prefix=''):
     if isinstance(item, dict):
         return {key: value for name, inner in item.items() for key, value in _flat(inner, f'{prefix}{name}.').items()}
-    if isinstance(item, (list, tuple)) and any(isinstance(inner, (dict, list)) for inner in item):
+    if isinstance(item, (list, tuple)) and not all(map(_is_scalar, item)):
         return _flat(dict(enumerate(item)), prefix)
+    if not _is_scalar(item) and not (isinstance(item, (list, tuple)) and len(item) <= LONGEST_LIST):
+        return {}  # a tensor, an object that cannot be read, or more than a reader can compare
     if isinstance(item, str) and re.fullmatch(r'[-+.\d][-+.\deE]{0,40}', item):
         # YAML 1.1 takes 1e-3 for text.
         try:
