@@ -65,21 +65,18 @@ def _bounds(table, grid, facet):
         verdicts.setdefault(row, {})[column] = majority(table, runs)
     high = {row: _reach(sorted(own.items(), reverse=True), BROKEN) for row, own in verdicts.items()}
     low = {row: _reach(sorted(own.items()), WEAK) for row, own in verdicts.items()}
-    for words, where, none in ((high, 'Too high from {} on', 'None is too high'),
-                               (low, 'Too low up to {}', 'None is too low')):
+    for reached, end, where in ((high, 'high', 'from {} on'), (low, 'low', 'up to {}')):
         places = {}
-        for row, column in sorted(words.items()):
+        for row, column in sorted(reached.items()):
             places.setdefault(column, []).append(setting_text(grid.rows[row]))
-        some = {column: rows for column, rows in sorted(places.items(), key=lambda item: item[1])
-                if column is not None} if any(c is not None for c in places) else {}
-        if not some:
-            yield Advice(f'{none} of these values of {grid.titles[0]}.')
-        elif len(places) == 1:
-            yield Advice(f'{where.format(setting_text(grid.columns[next(iter(some))]))}.')
-        else:
-            parts = [f'{where.format(setting_text(grid.columns[column]))} at {grid.titles[1]} {_and(rows)}'
-                     for column, rows in some.items()]
-            yield Advice(f'{parts[0]}{"".join(f", {part[0].lower()}{part[1:]}" for part in parts[1:])}.')
+        texts = [where.format(setting_text(grid.columns[column])) for column in places if column is not None]
+        if len(places) > 1:
+            rows = [own for column, own in places.items() if column is not None]
+            texts = [f'{text} at {"" if k else grid.titles[1] + " "}{_and(own)}'
+                     for k, (text, own) in enumerate(zip(texts, rows, strict=True))]
+        x = grid.titles[0]
+        yield Advice(f'{x[:1].upper()}{x[1:]} too {end}: {", ".join(texts)}.' if texts else
+                     f'No {x} of these is too {end}.')
 
 
 def _reach(cells, words):
@@ -123,23 +120,26 @@ def _beside(values, k):
     Example:
         >>> from geowatch.utils.lightning_ext.callbacks.plasticity_report.advice import _beside
         >>> _beside([0.01, 0.1, 1.0], 1), _beside([0.01, 0.1, 1.0], 2)
-        ([0.032, 0.32], [10.0])
+        ([0.03, 0.3], [10.0])
     """
     if k in (0, len(values) - 1):
         inner = values[1] if k == 0 else values[-2]
-        return [_rounded(values[k] * values[k] / inner)]
-    return [_rounded(math.sqrt(values[k] * other)) for other in (values[k - 1], values[k + 1])]
+        return [_handy(values[k] * values[k] / inner, values)]
+    return [_handy(math.sqrt(values[k] * other), values) for other in (values[k - 1], values[k + 1])]
 
 
 def _twice(values, k):
     """ Of a batch: twice or half of it beyond the end, in whole numbers, and nothing in between. """
     ends = ([values[k] / 2] if k == 0 else []) + ([values[k] * 2] if k == len(values) - 1 else [])
     whole = all(float(value).is_integer() for value in values)
-    return [int(value) if whole else _rounded(value) for value in ends if not whole or value >= 1]
+    return [int(value) if whole else value for value in ends if not whole or value >= 1]
 
 
-def _rounded(value):
-    return float(f'{value:.2g}')
+def _handy(value, taken):
+    """ A number near it that people write, unless it is among some. """
+    power = 10. ** math.floor(math.log10(value))
+    near = min((float(f'{digit * power:.1g}') for digit in (1, 2, 3, 5, 7, 10)), key=lambda x: abs(math.log(x / value)))
+    return float(f'{value:.3g}') if near in taken else near
 
 
 def _and(texts, word='and'):

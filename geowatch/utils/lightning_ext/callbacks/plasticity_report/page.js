@@ -305,7 +305,7 @@ function drawGrid() {
     const ends = chosen.better < 0 ? [chosen.high, chosen.low] : [chosen.low, chosen.high];
     add(scale, 'span', ends[0]);
     add(scale, 'i', '', 'ramp');
-    add(scale, 'span', ends[1] + (chosen.better ? ' (dark is better). ' : '. ') + 'A click on a cell shows its runs alone, with Shift more of them.');
+    add(scale, 'span', ends[1] + (chosen.better ? ' (the better end). ' : '. ') + 'A click on a cell shows its runs alone, with Shift more of them.');
   }
 }
 
@@ -367,7 +367,28 @@ if (hero) {
   const card = add(byId('hero'), 'div', '', 'card chart');
   add(card, 'h3', hero.title);
   add(card, 'p', about(hero));
+  legend(card);
   chartCard(card, 'chart-hero', hero, {height: 220});
+}
+
+function swatch(parent, i, colour = `var(--run${i})`) {
+  add(parent, 'i', '', 'swatch').style.borderTop = `3px ${data.runs[i].dash.replace('dashdot', 'double')} ${colour}`;
+}
+
+// What colours and dashes stand for.
+function legend(card) {
+  const grid = data.grid;
+  if (!grid) return;
+  for (const [title, values, key] of [[grid.x, grid.columns, 'column'], [grid.y, grid.rows, 'row']]) {
+    const line = add(card, 'p', title + ' ', 'legend');
+    values.forEach((text, k) => {
+      const cell = cells.find(cell => cell[key] === k), item = cell && add(line, 'span');
+      if (!cell) return;
+      swatch(item, cell.runs[0], key === 'row' ? 'var(--quiet)' : undefined);
+      if (key === 'column') item.firstChild.style.borderTopStyle = 'solid';
+      add(item, 'span', text);
+    });
+  }
 }
 
 function about(chart) {
@@ -384,8 +405,7 @@ data.charts.forEach(chart => {
 if (data.runs.length > 1) {
   data.runs.forEach((run, i) => {
     const button = add(byId('runs'), 'button');
-    const line = {dashed: 'dashed', dotted: 'dotted', dashdot: 'double'}[run.dash] || 'solid';
-    add(button, 'i', '', 'swatch').style.borderTop = `3px ${line} var(--run${i})`;
+    swatch(button, i);
     add(button, 'span', run.label);
     button.title = 'Show or hide this run';
     button.dataset.run = i;
