@@ -35,8 +35,11 @@ def advise(table, grid):
     found = []
     for facet in grid.facets:
         own = [_best(table, grid, facet), *_bounds(table, grid, facet), *_next(table, grid, facet)]
-        found += [dataclasses.replace(advice, text=f'{facet.label}: {advice.text}') if facet.label else advice
-                  for advice in own]
+        if facet.label:
+            # One of several grids: what it says is read as one.
+            own = [Advice(f'{facet.label}: {" ".join(advice.text for advice in own)}',
+                          [line for advice in own for line in advice.commands])]
+        found += own
     if grid.merged:
         found.append(Advice(f'Each cell is the mean over all runs in it, whatever their {_and(grid.merged)}.'))
     text = larger_batch(table.runs)
@@ -94,16 +97,17 @@ def _next(table, grid, facet):
     row, column = facet.best or (min(row for row, _ in facet.cells), 0)
     runs = facet.cells.get((row, column)) or next(iter(facet.cells.values()))
     x, y = grid.titles
-    tries, at_edge = [], []
+    tries, at_edge, numbers = [], [], False
     for title, values, k, way in ((x, grid.columns, column, _beside), (y, grid.rows, row, _twice)):
         if len(values) > 1 and all(is_number(value) and value > 0 for value in values):
+            numbers = True
             if facet.best is None:
                 tries += [(title, values[0] / 10)] if title == x else []
                 continue
             edge = {0: 'lowest', len(values) - 1: 'highest'}.get(k)
             at_edge += [f'the {edge} {title}'] if edge else []
             tries += [(title, value) for value in way(values, k)]
-    if facet.best is not None:
+    if numbers and facet.best is not None:
         where = f'at the edge of the grid: it has {_and(at_edge)}' if at_edge else 'inside the grid'
         yield Advice(f'The best lies {where}.')
     if tries:

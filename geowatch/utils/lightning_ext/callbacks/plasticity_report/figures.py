@@ -227,8 +227,11 @@ def _draw_layer_curves(table, labels, name, x):
     curves = [{i: layer_curve(run, name, layer, x) for i, run in enumerate(table.runs)} for layer in layers]
     log = not words.percent and wants_log([ys for own in curves for _, ys in own.values()])
     lines = {}
-    for axes, layer, own in zip(grid, short_names(layers, 30), curves, strict=False):
+    for axes, own in zip(grid, curves, strict=False):
         lines.update(_draw_curves(axes, table, own))
+    span = grid[0].get_ylim()
+    for axes, layer in zip(grid, short_names(layers, 30), strict=False):
+        axes.set_ylim(span)  # which is that of all, where each would stretch it
         _dress(axes, layer, '', words.percent, log)
     for axes in grid[len(layers):]:
         axes.axis('off')

@@ -143,6 +143,7 @@ def make_grid(table):
                 cells[rows.index(_same(rows, table.settings[y][i])),
                       columns.index(_same(columns, table.settings[x][i]))].append(i)
         facets.append(Facet(label, dict(cells), _best(table, cells)))
+    facets.sort(key=lambda facet: min(map(table.order.index, facet.cells.get(facet.best, runs))))
     return Grid((x, y), columns, rows, facets, merged, quantities(table))
 
 

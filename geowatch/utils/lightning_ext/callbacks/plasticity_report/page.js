@@ -61,15 +61,15 @@ function extent(values) {
 
 // --- curves ----------------------------------------------------------------
 
-const reach = spec => {
-  const xs = spec.curves.flatMap((curve, i) => curve && shown[i]
-    ? [data.steps[curve.s][0], data.steps[curve.s].at(-1)].map(step => inAxis(data.runs[i], step)) : []);
+const reach = specs => {
+  const xs = specs.flatMap(spec => spec.curves.flatMap((curve, i) => curve && shown[i]
+    ? [data.steps[curve.s][0], data.steps[curve.s].at(-1)].map(step => inAxis(data.runs[i], step)) : []));
   return zoom || extent(xs);
 };
 
 // One pair of axes with its curves, at `top` of an SVG, `height` high; gives the points that can be pointed at.
 function plot(svg, width, top, height, spec, range, title, limits) {
-  const [left, right] = [54, 10], [x0, x1] = range;
+  const [left, right] = [54, 18], [x0, x1] = range;
   const x = value => left + (width - left - right) * (x1 > x0 ? (value - x0) / (x1 - x0) : .5);
   const lines = spec.curves.map((curve, i) => curve && shown[i] && {
     i, curve, xs: data.steps[curve.s].map(step => inAxis(data.runs[i], step))}).filter(Boolean);
@@ -87,11 +87,11 @@ function plot(svg, width, top, height, spec, range, title, limits) {
   high = log ? high * Math.max(pad, 1.02) : high + (spec.percent ? high * .04 : pad);
   const part = log ? value => Math.log(value / low) / Math.log(high / low) : value => (value - low) / (high - low);
   const y = value => Math.max(top - 20, Math.min(top + height + 20, top + height * (1 - part(value))));
-  ticks(low, high, Math.max(2, height / 45), log).forEach(value => {
+  ticks(low, high, Math.max(2, height / 40), log).forEach(value => {
     shape(svg, 'line', {class: 'tick', x1: left, x2: width - right, y1: y(value), y2: y(value)});
     shape(svg, 'text', {x: left - 6, y: y(value) + 4, 'text-anchor': 'end'}, written(value, spec.percent));
   });
-  ticks(x0, x1, Math.max(2, width / 110)).forEach(value => {
+  ticks(x0, x1, Math.max(3, width / 90)).forEach(value => {
     shape(svg, 'line', {class: 'tick', x1: x(value), x2: x(value), y1: top, y2: top + height});
     if (title !== null) shape(svg, 'text', {x: x(value), y: top + height + 16, 'text-anchor': 'middle'}, short(value));
   });
@@ -139,7 +139,7 @@ function chartCard(parent, id, spec, {height = 190, under = null, limits, title 
   holder.style.minHeight = total + 'px';
   const picture = {holder, old: true, near: false, points: [], spec, paint() {
     holder.replaceChildren();
-    const width = Math.max(200, holder.clientWidth), range = reach(spec);
+    const width = Math.max(200, holder.clientWidth), range = reach(under ? [spec, under] : [spec]);
     const svg = shape(holder, 'svg', {viewBox: `0 0 ${width} ${total}`, id: 'svg-' + id, role: 'img', 'aria-label': spec.title});
     picture.points = plot(svg, width, 10, height, spec, range, under ? null : title, limits && limits());
     if (under) {
@@ -156,7 +156,7 @@ function chartCard(parent, id, spec, {height = 190, under = null, limits, title 
 }
 
 function listen(svg, picture, width) {
-  const at = event => event.clientX - svg.getBoundingClientRect().left, span = width - 64;
+  const at = event => event.clientX - svg.getBoundingClientRect().left, span = width - 72;
   const value = px => picture.range[0] + (Math.max(54, Math.min(54 + span, px)) - 54) / span * (picture.range[1] - picture.range[0]);
   let start = null, band = null;
   svg.addEventListener('pointermove', event => {
@@ -287,7 +287,7 @@ function drawGrid() {
         const [value, place] = chosen ? chosen.cells[f][k] : [cell.word, null];
         const part = place !== null && chosen.better < 0 ? 1 - place : place;
         add(button, 'span', value);
-        add(button, 'small', cell.word + (cell.runs.length > 1 ? ` · ${cell.runs.length} runs` : ''));
+        add(button, 'small', cell.word + (cell.runs.length > 1 ? ` ×${cell.runs.length}` : ''));
         if (part === null) button.classList.add('nothing');
         else {
           button.style.background = `color-mix(in oklab, var(--deep) ${(100 * part).toFixed(0)}%, var(--pale))`;

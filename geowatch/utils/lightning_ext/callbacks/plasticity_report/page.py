@@ -100,10 +100,12 @@ def _answer(table, grid):
     for advice in advise(table, grid) if grid else []:
         lines = html.escape('\n'.join(advice.commands))
         how = f'<details><summary>as a command</summary><pre><code>{lines}</code></pre></details>' if lines else ''
-        items.append(f'<li>{_pretty(advice.text)}{how}</li>')
+        first, dot, rest = advice.text.partition('. ')
+        items.append(f'<li><b>{_pretty(first + dot)}</b>{_pretty(rest)}{how}</li>' if not items else
+                     f'<li>{_pretty(advice.text)}{how}</li>')
     runs = ''.join(f'<li>{_pretty(line)}</li>' for line in summary(table))
     return ((f'<ul class="advice">{"".join(items)}</ul>' if items else '')
-            + (f'<ol class="verdicts">{runs}</ol>' if runs else ''))
+            + (f'<ul class="verdicts">{runs}</ul>' if runs else ''))
 
 
 def _findings(findings):

@@ -6,7 +6,6 @@ import math
 
 from .evidence import gather
 from .scalars import direction
-from .words import describe
 
 # From the best to the worst.
 WORDS = ('learned', 'slow', 'hardly moved', '', 'collapsed', 'diverged')
