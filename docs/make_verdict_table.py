@@ -9,11 +9,11 @@ CommandLine:
     python docs/make_verdict_table.py judge --out=sweeps --half=tuned
     python docs/make_verdict_table.py judge --out=sweeps --half='held out'
 
-What is true of a run is written down here, before any rule was. A run's gain is what it has won of what the best run of
-its sweep has won over the fresh network: in accuracy on images that no run was trained on, or in loss where there is no
-accuracy. A gain of 0.9 is 'good'. What has less is 'too high' where its learning rate is above that of the best run with
-the same batch size, and 'too low' where it is below it; that best run itself is 'between' and does not count. A run is
-'dead' where it is too high with a gain below 0.1.
+What is true of a run was written down before any rule was. A run's gain is what it has won over the fresh network, of
+what the best run of its sweep has won: in accuracy on images that no run was trained on, or in loss where there is no
+accuracy. With a gain of 0.9 it is 'good'. What has less is 'too high' where its learning rate is above that of the best
+run with the same batch size, and 'too low' where it is below; that best run itself is 'between' and does not count. A
+run is 'dead' where it is too high with a gain below 0.1.
 """
 import dataclasses
 import json
@@ -37,8 +37,6 @@ os.environ.setdefault('GEOWATCH_PREIMPORT', '0')
 EPOCHS = 8
 BATCH_SIZES = (16, 48, 128)
 RATES = {'SGD': (1e-3, 1e-2, 1e-1, 1., 10.), 'AdamW': (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)}
-WORDS = {'learned': 'good', 'slow': 'too low', 'hardly moved': 'too low', 'diverged': 'too high',
-         'collapsed': 'too high', '': '?'}
 
 
 def mlp(act=nn.ReLU):
@@ -247,6 +245,11 @@ def views(runs):
             'one run, metrics alone': [judge([run])[0] for run in without(runs, *every)]}
 
 
+def called(verdict):
+    """ What a verdict says in the words of the labels. """
+    return 'good' if verdict.word == 'learned' else verdict.rate or '?'
+
+
 def judge_all(out, sweeps, verbose):
     """ Print how many verdicts are right, sweep by sweep, and what is wrong. """
     count = {}
@@ -257,7 +260,7 @@ def judge_all(out, sweeps, verbose):
             counted = [(run, label, verdict) for run, label, verdict in zip(runs, true, verdicts, strict=True)
                        if label != 'between']
             wrong = [(run, label, verdict) for run, label, verdict in counted
-                     if WORDS[verdict.word] != {'dead': 'too high'}.get(label, label)]
+                     if called(verdict) != {'dead': 'too high'}.get(label, label)]
             healthy = sum(label == 'dead' and verdict.word == 'learned' for _, label, verdict in counted)
             for i, x in enumerate((len(counted) - len(wrong), len(counted), healthy)):
                 count.setdefault(view, [0, 0, 0])[i] += x
@@ -296,7 +299,9 @@ class MakeVerdictTableCLI(scfg.DataConfig):
             for sweeps in halves().values():
                 train_all(out, sweeps)
         else:
-            judge_all(out, [sweep for sweep in halves()[config.half] if (out / ' '.join(sweep)).exists()], config.verbose)
+            there = [sweep for sweep in halves()[config.half]
+                     if len(list((out / ' '.join(sweep)).glob('*/truth.json'))) == len(BATCH_SIZES) * 5]
+            judge_all(out, there, config.verbose)
 
 
 if __name__ == '__main__':

@@ -1,95 +1,149 @@
 """
-What a run shows beside the fresh network and the other runs: the numbers that verdicts are made of.
+What runs show beside the fresh network and beside each other: the numbers that verdicts are made of.
 """
 import dataclasses
 import math
 import statistics
 
-from .scalars import direction, find_scalar, loss_name, score_name
+from .scalars import direction, find_scalar, is_validation
 
 # Where one of these is not a number, the weights or what passes through them are none.
 VITAL = ('weight_mag', 'erank', 'feature_erank', 'grad_mag', 'grad_norm')
+# A network has lost what is below these shares of its start, or when so many more of all units are dead.
+RANK_LEFT, GRADIENT_LEFT, DEAD_MORE = 0.3, 1e-3, 0.5
+# One whose weights and their ranks changed by less has hardly moved, or one whose steps together are so short.
+WEIGHTS_MOVED, RANK_MOVED, TRAVELLED = 0.04, 0.008, 0.5
 
 
 @dataclasses.dataclass
 class Evidence:
     """
-    Numbers are nan where they are not known.
+    The metrics of one run. What is not known is nan, which no rule takes for true.
 
     Attributes:
-        broke (Tuple[str, int] | None): what is not a number from which step to the end
-        ratio (Dict[str, float]): metric to its end, as a share of its value in the fresh network
-        end (Dict[str, float]): metric to its end
-        rise (float): in the share of dead units
-        travel (float): size of all steps of the optimizer over the size of the weights
-        loss (float): of training, at the end as a share of that of the fresh network
-        score (float): of the scalar that runs are judged by, at the end
-        gain (float): what its score has won over the fresh network, of what the best run has won
-        won (float): the same as a share of the fresh network's score
+        run (Run): the run
+        fresh (Dict[str, float]): metric to its value in the untrained network
+        end (Dict[str, float]): metric to its last value
+        travel (float): sizes of all steps of the optimizer together, over the size of the weights
     """
-    broke: tuple | None
-    ratio: dict
+    run: object
+    fresh: dict
     end: dict
-    rise: float
     travel: float
-    loss: float = math.nan
-    score: float = math.nan
-    gain: float = math.nan
-    won: float = math.nan
+
+    def ratio(self, name):
+        """ The end of a metric, as a share of its value in the untrained network. """
+        fresh = self.fresh.get(name, math.nan)
+        return self.end.get(name, math.nan) / fresh if fresh > 0 else math.nan
+
+    def not_finite(self):
+        """ What is not a number at the end, and from which step on. """
+        found = {}
+        for name in VITAL:
+            points = self.run.metrics.get(name, [])
+            step = since({point.step: point.value for point in points}, lambda x: not math.isfinite(x))
+            # One gradient that overflows is what a GradScaler looks for.
+            if step is not None and not (name.startswith('grad') and len(points) > 1 and step == points[-1].step):
+                found[name] = step
+        return found
+
+    def lost(self):
+        """ What is lost at the end, and from which step on. """
+        rules = {
+            'grad_mag': lambda x, fresh: x <= GRADIENT_LEFT * fresh,
+            'feature_erank': lambda x, fresh: x < RANK_LEFT * fresh,
+            'dead_units': lambda x, fresh: x - fresh > DEAD_MORE,
+        }
+        found = {name: since({point.step: point.value for point in self.run.metrics.get(name, [])},
+                             lambda x, name=name, rule=rule: rule(x, self.fresh[name])) for name, rule in rules.items()}
+        return {name: step for name, step in found.items() if step is not None}
+
+    def is_still(self):
+        """ Has it hardly moved? """
+        weights, ranks = (abs(self.ratio(name) - 1) for name in ('weight_mag', 'erank'))
+        return (self.travel < TRAVELLED or weights <= WEIGHTS_MOVED and ranks <= RANK_MOVED
+                or math.isnan(ranks) and weights <= RANK_MOVED)
+
+    def distance(self):
+        """ How far it has moved; inf where that is not known, or where what is lost may hide it. """
+        known = [abs(self.ratio(name) - 1) for name in ('weight_mag', 'erank') if name in self.end]
+        known = [x for x in [*known, self.travel] if math.isfinite(x)]
+        return max(known) if known and not self.lost() else math.inf
 
 
-def gather(runs, under=None):
+@dataclasses.dataclass
+class Scores:
     """
-    Compare each run with the fresh network, and its score with those of the others.
+    One scalar of all runs, and of the untrained network.
+
+    Attributes:
+        name (str): as it was logged
+        curves (List[Dict[int, float]]): of each run, step to value
+        ends (List[float]): of each run the mean over the last tenth, nan where it has none
+        start (float): of the untrained network, as well as it is known
+    """
+    name: str
+    curves: list
+    ends: list
+    start: float
+
+    @property
+    def sign(self):
+        return direction(self.name)
+
+    @property
+    def best(self):
+        return self.sign * max((self.sign * end for end in self.ends if math.isfinite(end)), default=math.nan)
+
+    @property
+    def limit(self):
+        """ With what share of the best gain a run has learned. A loss of training is of a few batches. """
+        return 0.9 if self.sign > 0 or is_validation(self.name) else 0.8
+
+    def won(self):
+        """ What the best run has won, as a share of where it began or ended. """
+        return self.sign * (self.best - self.start) / max(abs(self.best), abs(self.start), 1e-300)
+
+    def gain(self, i):
+        """ What a run has won over the untrained network, as a share of what the best one has. """
+        most = self.sign * (self.best - self.start)
+        own = self.sign * (self.ends[i] - self.start) if math.isfinite(self.ends[i]) else -math.inf
+        return own / most if most > 0 and self.curves[i] else math.nan
+
+    def is_worse(self, i):
+        """ By more than a tenth than the best run; also where it is not a number. """
+        return not abs(self.ends[i] - self.best) <= 0.1 * abs(self.best)
+
+    def progress(self, i):
+        """ From the median of the first half, at which an early jump is forgotten, to the end. """
+        values = list(self.curves[i].values())
+        early = values[:(len(values) + 1) // 2]
+        middle, end = statistics.median(early) if early else math.nan, self.ends[i]
+        return self.sign * (end - middle) / max(abs(middle), abs(end), 1e-300)
+
+
+def gather(runs):
+    """
+    Compare the metrics of each run with those of the untrained network.
 
     Args:
-        runs (List[Run]): with their scalars
-        under (str | None): the loss or metric to judge by; None takes one of validation, or else the training loss
+        runs (List[Run]): any
 
     Returns:
-        Tuple[List[Evidence], str | None]: of each run; and what the scores are of
+        List[Evidence]: of each run
     """
-    fresh = [{name: _fresh(runs, run, name) for name in run.metrics} for run in runs]
-    found = [_of_metrics(run, own) for run, own in zip(runs, fresh, strict=True)]
-    losses, _ = _courses(runs, loss_name(runs))
-    start = _fresh_score(losses, found, -1)
-    for one, course in zip(found, losses, strict=True):
-        one.loss = course[-1] / start if course and start else math.nan
-    name = under if under and direction(under) else score_name(runs)
-    scores, sign = _courses(runs, name)
-    start = _fresh_score(scores, found, sign)
-    ends = [course[-1] if course else math.nan for course in scores]
-    most = max((sign * (end - start) for end in ends if math.isfinite(end)), default=math.nan)
-    for one, end in zip(found, ends, strict=True):
-        one.score = end
-        if math.isfinite(start):
-            won = sign * (end - start) if math.isfinite(end) else -math.inf
-            one.won = won / abs(start) if start else won
-            one.gain = won / most if most > 0 else 0.
-    return found, name
+    found = []
+    for run in runs:
+        steps = [point.value for point in run.metrics.get('update_ratio', []) if math.isfinite(point.value)]
+        found.append(Evidence(
+            run, {name: _fresh(runs, run, name) for name in run.metrics},
+            {name: points[-1].value for name, points in run.metrics.items()},
+            _mean(steps) * (run.last_step + 1)))
+    return found
 
 
-def _of_metrics(run, fresh):
-    end = {name: points[-1].value for name, points in run.metrics.items()}
-    ratio = {name: end[name] / fresh[name] if fresh[name] else math.nan for name in end}
-    dead = [point.value for point in run.metrics.get('dead_units', []) if math.isfinite(point.value)]
-    steps = [point.value for point in run.metrics.get('update_ratio', []) if math.isfinite(point.value)]
-    travel = statistics.fmean(steps) * (run.last_step + 1) if steps else math.nan
-    return Evidence(_broke(run), ratio, end, dead[-1] - dead[0] if dead else math.nan, travel)
-
-
-def _broke(run):
-    """ The first of what is not a number to the end, and from which step. """
-    curves = {name: {p.step: p.value for p in run.metrics[name]} for name in VITAL if name in run.metrics}
-    name = loss_name([run])
-    curves.update({name: run.scalars[name]} if name else {})
-    broken = {}
-    for name, curve in curves.items():
-        for step in reversed(curve):
-            if math.isfinite(curve[step]):
-                break
-            broken[name] = step
-    return min(broken.items(), key=lambda item: item[1], default=None)
+def _mean(values):
+    return sum(values) / len(values) if values else math.nan
 
 
 def _fresh(runs, run, name):
@@ -97,34 +151,56 @@ def _fresh(runs, run, name):
     first = run.metrics[name][0]
     if first.step < 0:
         return first.value
-    alike = [other.metrics[name][0] for other in runs if name in other.metrics
-             and other.metrics[name][0].layers.keys() == first.layers.keys()]
-    least = min(point.step for point in alike)
-    values = [point.value for point in alike if point.step == least and math.isfinite(point.value)]
+    if first.epoch:
+        return math.nan  # of a run that was resumed from elsewhere
+    firsts = [other.metrics[name][0] for other in runs if name in other.metrics]
+    firsts = [point for point in firsts if point.layers.keys() == first.layers.keys()]
+    earliest = min(point.step for point in firsts)
+    values = [point.value for point in firsts if point.step == earliest and math.isfinite(point.value)]
     known = [statistics.median(values)] if values else []
     # Of few examples, so that the true one is higher.
     known += [run.small_start[name].value] if name in run.small_start else []
     return max(known, default=math.nan)
 
 
-def _courses(runs, name):
-    """ A scalar of each run, with the mean of its last tenth as its end, and its direction. """
-    courses = []
-    for run in runs:
-        values = list((name and find_scalar(run, name) or {}).values())
-        last = values[-max(1, len(values) // 10):]
-        courses.append([*values[:-1], statistics.fmean(last)] if values else [])
-    return courses, direction(name) if name else 0
+def compare(runs, found, name):
+    """
+    Compare a scalar of all runs.
+
+    Args:
+        runs (List[Run]): with their scalars
+        found (List[Evidence]): of them
+        name (str | None): of the scalar
+
+    Returns:
+        Scores | None: None where its name does not say what is better, or no run has it
+    """
+    curves = [name and find_scalar(run, name) or {} for run in runs]
+    if not any(curves) or not direction(name):
+        return None
+    courses = [list(curve.values()) for curve in curves]
+    ends = [_mean(own[-max(1, len(own) // 10):]) for own in courses]
+    # The untrained network has no score of its own: the run that moves least is nearest to it.
+    firsts = [(one.distance(), own[0]) for one, own in zip(found, courses, strict=True) if own]
+    start = min(((far, first) for far, first in firsts if math.isfinite(first)), default=(0., math.nan))[1]
+    if direction(name) > 0:
+        # What a score falls to is where it began, which cannot be said of a loss.
+        start = min([start, *(end for end in ends if math.isfinite(end))])
+    return Scores(name, curves, ends, start)
 
 
-def _fresh_score(courses, found, sign):
-    """ Of the untrained network: the first score of the run that moved least, or a worse one that is no worse luck. """
-    known = [(one.travel, course[0]) for one, course in zip(found, courses, strict=True)
-             if course and math.isfinite(course[0])]
-    if not known:
-        return math.nan
-    start = min(known, key=lambda item: (math.isnan(item[0]), item[0]))[1]
-    if sign > 0:
-        # What a score falls to is where it began, which is not so of a loss.
-        start = min([start, *(x for course in courses for x in course if math.isfinite(x))])
-    return start
+def since(curve, holds):
+    """
+    Args:
+        curve (Dict[int, float]): step to value
+        holds (Callable[[float], bool]): what is looked for
+
+    Returns:
+        int | None: the first step from which on it holds to the end
+    """
+    found = None
+    for step in reversed(curve):
+        if not holds(curve[step]):
+            break
+        found = step
+    return found

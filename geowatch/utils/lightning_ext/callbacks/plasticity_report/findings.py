@@ -4,11 +4,9 @@ From measurements to a table of trends, and to sentences about what is worth a l
 import dataclasses
 import itertools
 import math
-import re
 
-from .foreign import readable
 from .scalars import find_scalar
-from .settings import compared_settings
+from .settings import compared_settings, in_short, is_in_name
 from .verdicts import judge, rank
 from .words import describe, in_order
 
@@ -162,10 +160,10 @@ class Table:
         differing = {title: values for title, values in self.settings.items() if len(set(map(str, values))) > 1}
         # A name such as lr2-bs8 says it all, where each of them does.
         telling = [(title, values) for title, values in list(differing.items())[:3]
-                   if not all(_says(run.name, value) for run, value in zip(self.runs, values, strict=True))]
+                   if not all(is_in_name(value, run.name) for run, value in zip(self.runs, values, strict=True))]
         labels = []
         for i, run in enumerate(self.runs):
-            extra = [_setting(title, values[i]) for title, values in telling if values[i] is not None]
+            extra = [in_short(title, values[i]) for title, values in telling if values[i] is not None]
             labels.append(f'{run.name} ({", ".join(extra)})' if extra else run.name)
         return labels
 
@@ -181,23 +179,6 @@ def _is_sign(name, trend):
 def _ended_far(name, trend):
     """ Also where it only goes up and down, and ends far from its start by chance. """
     return trend.start is not None and describe(name).is_sign(trend.start, trend.end)
-
-
-def _setting(title, value):
-    short = {'learning rate': 'lr', 'batch size': 'batch'}.get(title, title)
-    text = f'{value:g}' if _is_number(value) else readable(str(value), 40)
-    return text if title == 'optimizer' else f'{short} {text}'
-
-
-def _says(name, value):
-    """ Does a name hold a setting, be it written in another way, as 1e-05 and 0.00001? """
-    if _is_number(value):
-        return value in map(float, re.findall(r'\d+(?:\.\d+)?(?:e[-+]?\d+)?', name))
-    return value is None or str(value) in name
-
-
-def _is_number(value):
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def make_table(runs, under=None):
@@ -338,8 +319,9 @@ def _calm(table, labels, calm):
                                     f'the start ({moves}).', word=word))
         elif shown:
             still.setdefault(word, {})[labels[i]] = moves
+    many = sum(map(len, still.values())) > 4
     for word, alike in still.items():
-        said = {label: f' ({moves})' for label, moves in alike.items()} if len(alike) <= 4 else {_some([*alike]): ''}
+        said = {_some([*alike]): ''} if many else {label: f' ({moves})' for label, moves in alike.items()}
         findings += [Finding(KINDS.get(word, 'calm'), label, f'nothing moved far from its own start{moves}.', word=word)
                      for label, moves in said.items()]
     return findings

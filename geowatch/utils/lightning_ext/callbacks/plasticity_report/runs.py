@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 
 from .foreign import finite, readable, whole
-from .settings import read_settings
+from .settings import NUMBER, read_settings
 from .words import METRICS, is_rank_of_features, learn
 
 MEASUREMENTS = 'plasticity.jsonl'
@@ -145,7 +145,7 @@ def _log_folders(path):
 
 def _natural(path):
     """ version_10 comes after version_9, lr0.1 after lr0.02, and lr1e-05 before both. """
-    parts = re.split(r'(\d+(?:\.\d+)?(?:e[-+]?\d+)?)', str(path))
+    parts = re.split(f'({NUMBER})', str(path))
     return [float(part) if i % 2 else part for i, part in enumerate(parts)], str(path)
 
 

@@ -13,6 +13,7 @@ LOSSES = frozenset('loss losses error err mse rmse mae mape nll nelbo bce ce per
 SCORES = frozenset('acc accuracy acc1 acc5 top1 top5 f1 fbeta auc auroc auprc ap map map50 iou miou jaccard dice r2 '
                    'precision recall sensitivity specificity kappa mcc ndcg mrr bleu rouge psnr ssim reward return '
                    'score elbo pearson spearman'.split())
+OF_TRAINING = frozenset('train training total batch running mean avg epoch step'.split())
 VALIDATION = frozenset('val valid validation dev eval test'.split())
 
 
@@ -130,7 +131,16 @@ def _words_of(name):
     return set(re.findall(r'[a-z]+\d*', f'{name} {apart}'.lower()))
 
 
-def _is_validation(name):
+def is_validation(name):
+    """
+    Whether a scalar is of validation, as its name says.
+
+    Args:
+        name (str): as it was logged
+
+    Returns:
+        bool:
+    """
     return bool(_words_of(name) & VALIDATION)
 
 
@@ -145,7 +155,7 @@ def score_name(runs):
         str | None: a name that at least one run has, None where there is neither
     """
     names = list(dict.fromkeys(name for run in runs for name in run.scalars))
-    validated = [name for name in names if direction(name) and _is_validation(name)]
+    validated = [name for name in names if direction(name) and is_validation(name)]
     # An accuracy is what most want, and what comes as the mean of an epoch before what comes of a step.
     validated.sort(key=lambda name: (-direction(name), 'acc' not in name.lower(), name.endswith('_step')))
     return next(iter(validated), None) or loss_name(runs)
@@ -153,7 +163,7 @@ def score_name(runs):
 
 def loss_name(runs):
     """
-    The loss of training.
+    The loss of training, as a whole.
 
     Args:
         runs (List[Run]): with their scalars
@@ -162,10 +172,9 @@ def loss_name(runs):
         str | None: a name that at least one run has, None where there is none
     """
     names = dict.fromkeys(name for run in runs for name in run.scalars)
-    losses = [name for name in names if direction(name) < 0 and not _is_validation(name)]
-    likely = ('train_loss', 'train/loss', 'loss', 'train_loss_step', 'train_loss_epoch')
-    losses.sort(key=lambda name: (name not in likely, 'loss' not in name.lower()))
-    return next(iter(losses), None)
+    # One term of several, such as that of a discriminator, may go up where all is well.
+    losses = [name for name in names if direction(name) < 0 and not _words_of(name) - LOSSES - OF_TRAINING]
+    return min(losses, key=lambda name: 'loss' not in name.lower(), default=None)
 
 
 def find_scalar(run, name):

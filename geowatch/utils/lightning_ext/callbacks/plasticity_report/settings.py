@@ -8,6 +8,9 @@ from pathlib import Path
 
 from .foreign import LARGEST, readable
 
+# In a name: a learning rate may be written as 1e-05.
+NUMBER = r'\d+(?:\.\d+)?(?:e[-+]?\d+)?'
+IN_SHORT = {'learning rate': 'lr', 'batch size': 'batch'}
 # Settings that differ between any two runs and explain nothing.
 WHEREABOUTS = {'default_root_dir', 'save_dir', 'dirpath', 'root_dir', 'log_dir', 'ckpt_path', 'version'}
 # What people call the three settings that are tuned most.
@@ -181,3 +184,48 @@ def find_key(settings, names):
 def _short(value):
     """ torch.optim.SGD is SGD. """
     return value.rpartition('.')[2] if isinstance(value, str) and re.fullmatch(r'[\w.]+', value) else value
+
+
+def in_short(title, value):
+    """
+    A setting in a label.
+
+    Args:
+        title (str): of its column
+        value (object): of a run
+
+    Returns:
+        str:
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_report.settings import in_short
+        >>> in_short('learning rate', 1e-5), in_short('optimizer', 'AdamW')
+        ('lr 1e-05', 'AdamW')
+    """
+    text = f'{value:g}' if _is_number(value) else readable(str(value), 40)
+    return text if title == 'optimizer' else f'{IN_SHORT.get(title, title)} {text}'
+
+
+def is_in_name(value, name):
+    """
+    Does a name hold a setting, be it written in another way?
+
+    Args:
+        value (object): None is in every name
+        name (str): of a run
+
+    Returns:
+        bool:
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_report.settings import is_in_name
+        >>> is_in_name(2.0, 'lr2-bs8'), is_in_name(0.00001, 'lr1e-05'), is_in_name(0.1, 'lr0.01')
+        (True, True, False)
+    """
+    if _is_number(value):
+        return value in map(float, re.findall(NUMBER, name))
+    return value is None or str(value) in name
+
+
+def _is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -8,8 +8,8 @@ from ..plasticity_metrics import METRICS, Words, members
 from .foreign import finite, readable
 
 CAVEAT = (
-    'These numbers are correlates of a lost ability to learn, neither its cause nor a proof. Each run is compared '
-    'with its own start, so that what is named here is worth a look, not a verdict: look at the loss beside it.')
+    'These numbers are correlates of a lost ability to learn, neither its cause nor a proof. A verdict compares a run '
+    'with the untrained network, the other runs and the loss; what else is named here is worth a look, and no more.')
 # The five panels of the picture of all: what the paper records.
 PANELS = tuple(name for name in members('paper') if METRICS[name].along is None)
 _LEARNED = {}  # words of metrics that runs have brought along
