@@ -29,7 +29,7 @@ def a_table(made):
     """ Judged as it is said here: the words of the grid are tested, not the verdicts. """
     runs, words, scores = zip(*made, strict=True)
     table = make_table(list(runs), 'val_acc')
-    table.verdicts = [Verdict(word) for word in words]
+    table.verdicts = [Verdict(word, rate=RATES.get(word, '')) for word in words]
     table.order = sorted(range(len(runs)), key=lambda i: (math.isnan(scores[i]), -scores[i]))
     return table
 
@@ -40,6 +40,7 @@ def sweep(*rows, rates=(0.001, 0.01, 0.1, 1.0), sizes=(8, 32), **settings):
             for lr, (score, word) in zip(rates, row, strict=True)]
 
 
+RATES = {'collapsed': 'too high', 'diverged': 'too high', 'hardly moved': 'too low', 'slow': 'too low'}
 LOW, SLOW, GOOD, HIGH, DEAD = ((0.2, 'hardly moved'), (0.5, 'slow'), (0.9, 'learned'), (0.1, 'collapsed'),
                                (math.nan, 'diverged'))
 INSIDE = sweep((LOW, GOOD, HIGH, DEAD), (LOW, SLOW, (0.95, 'learned'), HIGH), (LOW, LOW, SLOW, SLOW),
@@ -229,7 +230,7 @@ def test_grid_png_and_words_of_files(tmp_path, capsys):
         for size in (4, 8):
             lines = [line('weight_mag', step, 1. + step) for step in (-1, 9)]
             folder = write_run(tmp_path / 'runs' / f'{lr}-{size}', lines, learning_rate=lr, batch_size=size)
-            (folder / 'metrics.csv').write_text(f'step,val_loss\n9,{abs(math.log10(lr) + 2) + size}\n')
+            (folder / 'metrics.csv').write_text(f'step,val_loss\n0,20\n9,{abs(math.log10(lr) + 2) + size}\n')
     assert PlasticityReportCLI.main(cmdline=0, runs=[str(tmp_path / 'runs')], out=str(tmp_path), png=True) == 0
     from matplotlib.image import imread
     assert imread(tmp_path / 'grid.png')[..., :3].std() > 0.1

@@ -5,7 +5,7 @@ import dataclasses
 import math
 import shlex
 
-from .grid import BROKEN, WEAK, cell_value, is_number, majority, setting_text
+from .grid import WEAK, cell_value, is_number, majority, setting_text
 from .settings import COMMON_SETTINGS, find_key
 from .verdicts import larger_batch
 
@@ -65,12 +65,12 @@ def _bounds(table, grid, facet):
         return
     verdicts = {}
     for (row, column), runs in facet.cells.items():
-        verdicts.setdefault(row, {})[column] = majority(table, runs)
-    high = {row: _reach(sorted(own.items(), reverse=True), BROKEN) for row, own in verdicts.items()}
-    low = {row: _reach(sorted(own.items()), WEAK) for row, own in verdicts.items()}
-    for reached, end, where in ((high, 'high', 'from {} on'), (low, 'low', 'up to {}')):
+        rates = [table.verdicts[i].rate for i in runs]
+        verdicts.setdefault(row, {})[column] = max(rates, key=rates.count)
+    for end, where in (('high', 'from {} on'), ('low', 'up to {}')):
         places = {}
-        for row, column in sorted(reached.items()):
+        for row, own in sorted(verdicts.items()):
+            column = _reach(sorted(own.items(), reverse=end == 'high'), f'too {end}')
             places.setdefault(column, []).append(setting_text(grid.rows[row]))
         texts = [where.format(setting_text(grid.columns[column])) for column in places if column is not None]
         if len(places) > 1:
@@ -82,11 +82,11 @@ def _bounds(table, grid, facet):
                      f'No {x} of these is too {end}.')
 
 
-def _reach(cells, words):
-    """ The last of the columns, from one end, on which all verdicts are among some words. """
+def _reach(cells, rate):
+    """ The last of the columns, from one end, up to which all verdicts say this of the learning rate. """
     reached = None
-    for column, word in cells:
-        if word not in words:
+    for column, own in cells:
+        if own != rate:
             break
         reached = column
     return reached
