@@ -151,12 +151,12 @@ def _fresh(runs, run, name):
     first = run.metrics[name][0]
     if first.step < 0:
         return first.value
-    if first.epoch:
-        return math.nan  # of a run that was resumed from elsewhere
     firsts = [other.metrics[name][0] for other in runs if name in other.metrics]
     firsts = [point for point in firsts if point.layers.keys() == first.layers.keys()]
     earliest = min(point.step for point in firsts)
-    values = [point.value for point in firsts if point.step == earliest and math.isfinite(point.value)]
+    # One of a later epoch is no start: the run was resumed from elsewhere, or is measured too rarely.
+    values = [point.value for point in firsts if point.step == earliest and not point.epoch
+              and math.isfinite(point.value)]
     known = [statistics.median(values)] if values else []
     # Of few examples, so that the true one is higher.
     known += [run.small_start[name].value] if name in run.small_start else []

@@ -224,9 +224,8 @@ class Finding:
 
     @property
     def head(self):
-        """ What stands beside it: the verdict, unless more is to be seen in a run that has learned. """
-        return self.word.capitalize() if self.word and (self.kind, self.word) != ('sign', 'learned') else (
-            HEADS[self.kind])
+        """ What stands beside it: the verdict, where there is one. """
+        return self.word.capitalize() or HEADS[self.kind]
 
     @property
     def sentence(self):
@@ -280,9 +279,14 @@ def _signs(table, labels, signs, i):
         text += f' {_some(clear)} {one if len(clear) == 1 else many}.'
     elif others and all(set(signs[i]) <= set(signs[j]) for j in others):
         text += ' The other runs show the same.'
-    word = table.verdicts[i].word
-    return Finding('broken' if KINDS.get(word) == 'broken' else 'sign', labels[i], text,
-                   ' '.join(describe(name).why for name in signs[i]), word)
+    return Finding(_kind(table, i, 'sign'), labels[i], text, ' '.join(describe(name).why for name in signs[i]),
+                   table.verdicts[i].word)
+
+
+def _kind(table, i, otherwise):
+    """ As the verdict says. What moves in the best run is no reason to worry; in another that has learned it may be. """
+    verdict = table.verdicts[i]
+    return otherwise if verdict.word == 'learned' and not verdict.best else KINDS.get(verdict.word, otherwise)
 
 
 def _some(labels):
@@ -314,7 +318,7 @@ def _calm(table, labels, calm):
         restless = [describe(name).short for name, t in table.trends[i].items()
                     if t.word != 'steady' and _ended_far(name, t)]
         if restless:
-            findings.append(Finding('broken' if KINDS.get(word) == 'broken' else 'sign', labels[i],
+            findings.append(Finding(_kind(table, i, 'sign'), labels[i],
                                     f'{" and ".join(restless)} went up and down, without a trend, and ended far from '
                                     f'the start ({moves}).', word=word))
         elif shown:

@@ -120,15 +120,15 @@ def direction(name):
         >>> direction('val/top1_acc'), direction('valLoss'), direction('error_of_map'), direction('lr')
         (1, -1, -1, 0)
     """
-    words = _words_of(name)
+    # Of mIoU the capitals are no beginnings of words.
+    words = _words_of(name) | _words_of(name.lower())
     # The loss of an accuracy is a loss.
     return -1 if words & LOSSES else 1 if words & SCORES else 0
 
 
 def _words_of(name):
-    """ Of val/mIoU and valLoss, as they are written and by their capitals. """
-    apart = re.sub(r'([a-z\d])([A-Z])', r'\1_\2', name)
-    return set(re.findall(r'[a-z]+\d*', f'{name} {apart}'.lower()))
+    """ Of val/loss as of valLoss. """
+    return set(re.findall(r'[a-z]+\d*', re.sub(r'([a-z\d])([A-Z])', r'\1_\2', name).lower()))
 
 
 def is_validation(name):
@@ -163,7 +163,7 @@ def score_name(runs):
 
 def loss_name(runs):
     """
-    The loss of training, as a whole.
+    The loss as a whole: of training, or else of validation.
 
     Args:
         runs (List[Run]): with their scalars
@@ -173,8 +173,8 @@ def loss_name(runs):
     """
     names = dict.fromkeys(name for run in runs for name in run.scalars)
     # One term of several, such as that of a discriminator, may go up where all is well.
-    losses = [name for name in names if direction(name) < 0 and not _words_of(name) - LOSSES - OF_TRAINING]
-    return min(losses, key=lambda name: 'loss' not in name.lower(), default=None)
+    losses = [name for name in names if direction(name) < 0 and not _words_of(name) - LOSSES - OF_TRAINING - VALIDATION]
+    return min(losses, key=lambda name: (is_validation(name), 'loss' not in name.lower()), default=None)
 
 
 def find_scalar(run, name):

@@ -270,7 +270,8 @@ def larger_batch(runs):
         if late and isinstance(batch, int) and batch > 0:
             scale = statistics.median(late)
             least = 'at least ' if 'adam' in str(settings.get('optimizer')).lower() else 'about '
-            text = f'The noise scale of {runs[i].name} is {least}{scale:.2g} at the end, its batch size {batch}: '
+            text = (f'The noise scale of {runs[i].name} is {least}{describe("noise_scale").text(scale)} at the end, '
+                    f'its batch size {batch}: ')
             if scale > 2 * batch:
                 return text + ('a batch twice as large, with a learning rate that is larger too, needs fewer steps, up '
                                'to half as many.')
