@@ -263,7 +263,7 @@ def _draw_grid(table):
                                      edgecolor='#0b6e4f' if best else 'none'))
             text = '\n'.join(filter(None, [quantity and quantity.text(value), majority(table, runs)]))
             axes.text(column + 0.5, row + 0.5, text, ha='center', va='center', fontsize=8.5,
-                      color='white' if part is not None and part > 0.55 else INK, fontweight='bold' if best else None)
+                      color='white' if part is not None and part > 0.6 else INK, fontweight='bold' if best else None)
         axes.set(xlim=(0, width), ylim=(height, 0))
         axes.set_xticks([i + 0.5 for i in range(width)], [_drawable(setting_text(value)) for value in grid.columns])
         axes.set_yticks([i + 0.5 for i in range(height)], [_drawable(setting_text(value)) for value in grid.rows])

@@ -272,7 +272,9 @@ def limits(table, quantity):
     whole = [value for value, verdict in zip(quantity.values, table.verdicts, strict=True)
              if math.isfinite(value) and verdict.word not in BROKEN]
     values = (whole if len(set(whole)) > 1 else finite) or [0.]
-    return min(values), max(values), min(finite, default=0) > 0 and max(values) > 10 * min(values)
+    # An accuracy of one half stands halfway.
+    log = quantity.better <= 0 and min(finite, default=0) > 0 and max(values) > 10 * min(values)
+    return min(values), max(values), log
 
 
 def shade(value, low, high, log):

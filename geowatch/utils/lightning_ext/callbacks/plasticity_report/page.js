@@ -291,7 +291,7 @@ function drawGrid() {
         if (part === null) button.classList.add('nothing');
         else {
           button.style.background = `color-mix(in oklab, var(--deep) ${(100 * part).toFixed(0)}%, var(--pale))`;
-          button.style.color = part > .55 ? 'var(--on-deep)' : 'var(--ink)';
+          button.style.color = part > .6 ? 'var(--on-deep)' : 'var(--ink)';
         }
         button.setAttribute('aria-pressed', picked.has(cell));
         button.title = cell.runs.map(i => data.runs[i].label).join('\n');
