@@ -7,7 +7,8 @@ compares what the report says with what each network can do at the end. About te
 CommandLine:
     python docs/make_verdict_table.py train --out=sweeps
     python docs/make_verdict_table.py judge --out=sweeps --half=tuned
-    python docs/make_verdict_table.py judge --out=sweeps --half='held out'
+    python docs/make_verdict_table.py judge --out=sweeps --half='held out' --verbose=validation
+    python docs/make_verdict_table.py train --out=more --times=3 --seed=1
 
 What is true of a run was written down before any rule was. A run's gain is what it has won over the fresh network, of
 what the best run of its sweep has won: in accuracy on images that no run was trained on, or in loss where there is no
@@ -151,7 +152,7 @@ class Net(pl.LightningModule):
         return [loss.item(), None if accuracy is None else accuracy.item()]
 
 
-def train(folder, network, optimizer, lr, batch_size, seed=0):
+def train(folder, network, optimizer, lr, batch_size, seed):
     """
     One run, and what is true of it.
 
@@ -175,15 +176,15 @@ def train(folder, network, optimizer, lr, batch_size, seed=0):
     (folder / 'truth.json').write_text(json.dumps(truth))
 
 
-def train_all(out, sweeps):
+def train_all(out, sweeps, times, seed):
     """ All that is not there yet, each run in a folder of its own. """
     for network, optimizer in sweeps:
-        for lr in RATES[optimizer]:
+        for lr in (times * rate for rate in RATES[optimizer]):
             for batch_size in BATCH_SIZES:
                 folder = out / f'{network} {optimizer}' / f'lr{lr:g}-bs{batch_size}'
                 if not (folder / 'truth.json').exists():
                     folder.mkdir(parents=True, exist_ok=True)
-                    train(folder, network, optimizer, lr, batch_size)
+                    train(folder, network, optimizer, lr, batch_size, seed)
         print(f'{network}, {optimizer}: trained', flush=True)
 
 
@@ -237,12 +238,11 @@ def without(runs, *names):
 def views(runs):
     """ What the report may have to judge by: each a list of verdicts. """
     from geowatch.utils.lightning_ext.callbacks.plasticity_report.verdicts import judge
-    validation, every = ('val_loss', 'val_acc'), ('val_loss', 'val_acc', 'train_loss')
-    return {'with validation': judge(runs), 'with validation loss': judge(without(runs, 'val_acc')),
-            'with training loss': judge(without(runs, *validation)), 'metrics alone': judge(without(runs, *every)),
-            'one run': [judge([run])[0] for run in runs],
-            'one run, training loss': [judge([run])[0] for run in without(runs, *validation)],
-            'one run, metrics alone': [judge([run])[0] for run in without(runs, *every)]}
+    of_training, bare = without(runs, 'val_loss', 'val_acc'), without(runs, 'val_loss', 'val_acc', 'train_loss')
+    return {'validation': judge(runs), 'validation loss': judge(without(runs, 'val_acc')),
+            'training loss': judge(of_training), 'metrics alone': judge(bare),
+            'one run': [judge([run])[0] for run in of_training],
+            'one run, metrics alone': [judge([run])[0] for run in bare]}
 
 
 def called(verdict):
@@ -252,25 +252,28 @@ def called(verdict):
 
 def judge_all(out, sweeps, verbose):
     """ Print how many verdicts are right, sweep by sweep, and what is wrong. """
-    count = {}
+    count, wrong = {}, []
     for network, optimizer in sweeps:
         runs, true = load(out / f'{network} {optimizer}')
+        found = views(runs)
+        if not count:
+            count = {view: [0, 0, 0] for view in found}
+            print(f'| Sweep | {" | ".join(found)} |\n|---|{"---|" * len(found)}')
         row = []
-        for view, verdicts in views(runs).items():
-            counted = [(run, label, verdict) for run, label, verdict in zip(runs, true, verdicts, strict=True)
-                       if label != 'between']
-            wrong = [(run, label, verdict) for run, label, verdict in counted
-                     if called(verdict) != {'dead': 'too high'}.get(label, label)]
-            healthy = sum(label == 'dead' and verdict.word == 'learned' for _, label, verdict in counted)
-            for i, x in enumerate((len(counted) - len(wrong), len(counted), healthy)):
-                count.setdefault(view, [0, 0, 0])[i] += x
-            row.append(f'{len(counted) - len(wrong)} of {len(counted)}' + f', {healthy} DEAD' * bool(healthy))
-            for run, label, verdict in wrong if verbose in (view, 'all') else ():
-                print(f'  {view}: {network}, {optimizer}, {run.name} is {label}, called {verdict.word}: '
-                      f'{verdict.reason}')
+        for view, verdicts in found.items():
+            counted = [one for one in zip(runs, true, verdicts, strict=True) if one[1] != 'between']
+            missed = [(run.name, label, verdict) for run, label, verdict in counted
+                      if called(verdict) != {'dead': 'too high'}.get(label, label)]
+            wrong += [f'{view}: {network}, {optimizer}, {name} is {label}, called {verdict.word}: {verdict.reason}'
+                      for name, label, verdict in missed if verbose in (view, 'all')]
+            own = (len(counted) - len(missed), len(counted),
+                   sum(label == 'dead' and verdict.word == 'learned' for _, label, verdict in missed))
+            count[view] = [a + b for a, b in zip(count[view], own, strict=True)]
+            row.append('{} of {}'.format(*own))
         print(f'| {network}, {optimizer} | {" | ".join(row)} |')
-    print(f'| all | {" | ".join(f"{right} of {all_}, {healthy} dead" for right, all_, healthy in count.values())} |')
-    print(list(count))
+    print(f'| together | {" | ".join(f"{right} of {every}" for right, every, _ in count.values())} |')
+    print(f'| dead, called learned | {" | ".join(str(dead) for *_, dead in count.values())} |')
+    print('\n'.join(wrong))
 
 
 class MakeVerdictTableCLI(scfg.DataConfig):
@@ -279,8 +282,10 @@ class MakeVerdictTableCLI(scfg.DataConfig):
     """
     what = scfg.Value('judge', position=1, choices=['train', 'judge'], help='train the sweeps, or judge what is there')
     out = scfg.Value('sweeps', type=str, help='folder of the sweeps')
+    times = scfg.Value(1., type=float, help='factor on all learning rates')
+    seed = scfg.Value(0, type=int, help='of all random numbers')
     half = scfg.Value('tuned', choices=['tuned', 'held out'], help='which half to judge')
-    verbose = scfg.Value('', type=str, help='print each verdict of this view that is wrong')
+    verbose = scfg.Value('', type=str, help='print each verdict of this column that is wrong')
 
     @classmethod
     def main(cls, cmdline=1, **kwargs):
@@ -297,7 +302,7 @@ class MakeVerdictTableCLI(scfg.DataConfig):
             warnings.simplefilter('ignore')
             torch.set_num_threads(1)
             for sweeps in halves().values():
-                train_all(out, sweeps)
+                train_all(out, sweeps, config.times, config.seed)
         else:
             there = [sweep for sweep in halves()[config.half]
                      if len(list((out / ' '.join(sweep)).glob('*/truth.json'))) == len(BATCH_SIZES) * 5]

@@ -284,7 +284,7 @@ def _signs(table, labels, signs, i):
 
 
 def _kind(table, i, otherwise):
-    """ As the verdict says. What moves in the best run is no reason to worry; in another that has learned it may be. """
+    """ As the verdict says. What moves in the best run is no reason to worry; in another it may be. """
     verdict = table.verdicts[i]
     return otherwise if verdict.word == 'learned' and not verdict.best else KINDS.get(verdict.word, otherwise)
 
