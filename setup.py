@@ -26,7 +26,7 @@ setup(
     packages=['geowatch.cli.fit', CALLBACKS, *(f'{CALLBACKS}.{name}' for name in find_packages(
         CALLBACKS.replace('.', '/')))],
     py_modules=['geowatch.cli.plasticity_report'],
-    package_data={f'{CALLBACKS}.plasticity_report': ['page.html', 'page.css', 'page.js']},
+    package_data={f'{CALLBACKS}.plasticity_report': ['*.html', '*.css', '*.js']},
     install_requires=requirements('runtime'),
     extras_require={name: requirements(name) for name in ('geowatch', 'report', 'tests', 'docs')},
 )

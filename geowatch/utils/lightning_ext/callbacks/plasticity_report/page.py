@@ -71,7 +71,7 @@ def render(table, findings, x='step'):
         'light': ''.join(f'--run{i}:{look.colour};' for i, look in enumerate(looks)),
         'dark': ''.join(f'--run{i}:{look.dark};' for i, look in enumerate(looks)),
         'css': (HERE / 'page.css').read_text(encoding='utf-8'),
-        'js': (HERE / 'page.js').read_text(encoding='utf-8'),
+        'js': ''.join((HERE / name).read_text(encoding='utf-8') for name in ('pictures.js', 'page.js')),
     }
     # In one pass, since a name may look like one of the places.
     return re.sub(r'{{(\w+)}}', lambda place: parts[place[1]], (HERE / 'page.html').read_text(encoding='utf-8'))
