@@ -73,7 +73,18 @@ def test_else_it_is_the_two_settings_that_differ():
     grid = make_grid(a_table(made))
     assert grid.titles == ('width', 'depth') and grid.columns == [64, 128] and grid.rows == [2, 4]
     assert grid.facets[0].cells == {(0, 0): [0], (1, 0): [1], (0, 1): [2], (1, 1): [3]}
-    assert make_grid(a_table([a_run(lr=lr, seed=i) for i, lr in enumerate([0.1, 0.2])])) is None
+    assert make_grid(a_table([a_run(lr=0.1, seed=i) for i in range(2)])) is None
+
+
+def test_of_a_single_setting_it_is_a_row():
+    made = [a_run(score, word, lr=lr) for lr, (score, word) in
+            zip((0.001, 0.01, 0.1, 1.0), (LOW, GOOD, SLOW, HIGH), strict=True)]
+    grid = make_grid(a_table(made))
+    assert grid.titles == ('learning rate', '') and grid.facets[0].cells == {(0, k): [k] for k in range(4)}
+    assert said(made) == [
+        'Best: learning rate 0.01 with val_acc 0.9.', 'Learning rate too high: from 1 on.',
+        'Learning rate too low: up to 0.001.', 'The best lies inside the grid.',
+        'Try next, with all else as there: learning rate 0.003 or learning rate 0.03.']
 
 
 def test_seeds_share_a_cell_and_its_mean():

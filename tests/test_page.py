@@ -94,12 +94,16 @@ def test_hostile_names_are_text(tmp_path, runs):
         settings.write_text(f'{settings.read_text()}{odd}\n')
         with open(folder / 'plasticity.jsonl', 'a') as file:
             file.write(json.dumps(line(f'mine{EVIL}', 0, 1.0, {EVIL: 1.0})) + '\n')
+        (folder / 'config.yaml').write_text('model: {class_path: geowatch.A}')  # so that there are commands
         csv = folder / 'metrics.csv'
         csv.write_text(csv.read_text().replace('val_acc', '"val_acc' + EVIL.replace('"', '""') + '"'))
     text = report_on(tmp_path, tmp_path / 'runs' / runs).read_text()
     assert '<img' not in text.replace('\\u003cimg', '')
     assert text.count('<script') == text.count('</script>') == 2
     assert '{{data}}' in text  # of the name, as it is
+    if runs == '*':
+        commands = re.findall(r'<pre><code>(.*?)</code></pre>', text, re.S)
+        assert commands and all('&lt;img' in own and '<' not in own for own in commands)
     assert text.count('id="data"') == 1
     assert len(re.findall(r'&lt;img src=x onerror=alert\(1\)&gt;', text)) > 10
     # No attribute ends before it should.
@@ -216,7 +220,6 @@ def page(browser, request):
     for kind in ('browser', 'performance'):
         browser.get_log(kind)  # what the test before has left
     page = opened(browser, report, width)
-    page.name = name
     page.wait("document.querySelector('.facet, #chart-hero svg') !== null")
     yield page
     assert [entry['message'] for entry in browser.get_log('browser') if entry['level'] in ('SEVERE', 'WARNING')] == []
@@ -242,8 +245,7 @@ def test_page_fits_its_width_and_begins_with_a_picture(page):
         left, right = page.js("""(box => [box.left, box.right])(
             document.querySelector(arguments[0]).getBoundingClientRect())""", selector)
         assert 0 <= left < right <= page.width, selector
-    first = '.facet' if page.name == 'sweep' else '#chart-hero svg'
-    assert page.js('document.querySelector(arguments[0]).getBoundingClientRect().top', first) < 600
+    assert page.js("document.querySelector('.facet').getBoundingClientRect().top") < 600
     # Only what is on the screen is drawn.
     assert page.js("pictures.filter(own => own.holder.querySelector('svg')).length") < page.js('pictures.length')
 

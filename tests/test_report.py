@@ -355,9 +355,9 @@ def test_pictures_and_page_are_written(tmp_path, capsys):
     out = tmp_path / 'out'
     assert PlasticityReportCLI.main(cmdline=0, runs=[str(tmp_path / 'runs')], out=str(out), x='epoch', png=True) == 0
     metrics = ['dead_units', 'erank', 'weight_mag']
-    # One setting differs: there is no grid.
     assert sorted(path.name for path in out.iterdir()) == sorted(
-        [f'{name}.png' for name in [*metrics, *(f'layers-{name}' for name in metrics), 'panels']] + ['report.html'])
+        [f'{name}.png' for name in [*metrics, *(f'layers-{name}' for name in metrics), 'panels', 'grid']]
+        + ['report.html'])
     for path in out.glob('*.png'):
         assert ink(path) > 0.01, path
     text = capsys.readouterr().out

@@ -51,7 +51,8 @@ def _best(table, grid, facet):
         return Advice('No run of the grid learns: all of them broke.')
     runs = facet.cells[facet.best]
     row, column = facet.best
-    place = f'{grid.titles[0]} {setting_text(grid.columns[column])}, {grid.titles[1]} {setting_text(grid.rows[row])}'
+    places = zip(grid.titles, (grid.columns[column], grid.rows[row]), strict=True)
+    place = ', '.join(f'{title} {setting_text(value)}' for title, value in places if title)
     judged = next((q for q in grid.quantities if q.better and q.title == table.under), None)
     value = f' with {judged.title} {judged.text(cell_value(judged, runs))}' if judged else ''
     several = f' (mean of {len(runs)} runs)' if len(runs) > 1 else ''
@@ -111,7 +112,7 @@ def _next(table, grid, facet):
         where = f'at the edge of the grid: it has {_and(at_edge)}' if at_edge else 'inside the grid'
         yield Advice(f'The best lies {where}.')
     if tries:
-        here = {x: grid.columns[column], y: grid.rows[row]}
+        here = {x: grid.columns[column]} | ({y: grid.rows[row]} if y else {})
         texts = [f'{title} {setting_text(value)}' for title, value in tries]
         commands = [command(table.runs[runs[0]], {**here, title: value}) for title, value in tries]
         yield Advice(f'Try next, with all else as there: {_and(texts, "or")}.', [line for line in commands if line])

@@ -266,7 +266,8 @@ def _draw_grid(table):
                       color='white' if part is not None and part > 0.6 else INK, fontweight='bold' if best else None)
         axes.set(xlim=(0, width), ylim=(height, 0))
         axes.set_xticks([i + 0.5 for i in range(width)], [_drawable(setting_text(value)) for value in grid.columns])
-        axes.set_yticks([i + 0.5 for i in range(height)], [_drawable(setting_text(value)) for value in grid.rows])
+        rows = map(setting_text, grid.rows) if grid.titles[1] else ['']
+        axes.set_yticks([i + 0.5 for i in range(height)], [_drawable(text) for text in rows])
         axes.tick_params(length=0, labelsize=9, colors=INK)
         axes.spines[:].set_visible(False)
         axes.set_xlabel(_drawable(readable(grid.titles[0], 60)), color=QUIET, fontsize=9)

@@ -52,7 +52,7 @@ class Facet:
 class Grid:
     """
     Attributes:
-        titles (Tuple[str, str]): the settings along the columns and along the rows
+        titles (Tuple[str, str]): the settings along the columns and along the rows; nothing where there is one row
         columns (List[object]): values, in order
         rows (List[object]): values, in order
         facets (List[Facet]): the runs
@@ -117,20 +117,20 @@ def _differing(table):
 
 def make_grid(table):
     """
-    Put runs into the cells of two settings.
+    Put runs into the cells of the settings that differ.
 
     Args:
         table (Table): of the runs
 
     Returns:
-        Grid | None: None where no two settings differ
+        Grid | None: of one row where only one setting differs, None where none does
     """
-    differing = _differing(table)
-    if len(differing) < 2:
+    differing, runs = _differing(table), range(len(table.runs))
+    if not differing:
         return None
-    (x, y), others = differing[:2], differing[2:]
-    columns, rows = distinct(table.settings[x]), distinct(table.settings[y])
-    runs = range(len(table.runs))
+    x, y, others = differing[0], ''.join(differing[1:2]), differing[2:]
+    along, down = table.settings[x], table.settings.get(y, [None] * len(runs))
+    columns, rows = distinct(along), distinct(down)
     labels = [', '.join(f'{title} {setting_text(table.settings[title][i])}' for title in others) for i in runs]
     merged = others if len(set(labels)) > MOST_FACETS else []
     if merged:
@@ -140,8 +140,7 @@ def make_grid(table):
         cells = collections.defaultdict(list)
         for i in runs:
             if labels[i] == label:
-                cells[rows.index(_same(rows, table.settings[y][i])),
-                      columns.index(_same(columns, table.settings[x][i]))].append(i)
+                cells[rows.index(_same(rows, down[i])), columns.index(_same(columns, along[i]))].append(i)
         facets.append(Facet(label, dict(cells), _best(table, cells)))
     facets.sort(key=lambda facet: min(map(table.order.index, facet.cells.get(facet.best, runs))))
     return Grid((x, y), columns, rows, facets, merged, quantities(table))

@@ -11,7 +11,7 @@ function drawGrid() {
     const table = add(holder, 'table', '', 'facet');
     if (facet.label) add(table, 'caption', facet.label);
     const head = add(add(table, 'thead'), 'tr');
-    add(head, 'th', `${grid.y} ↓ ${grid.x} →`);
+    add(head, 'th', (grid.y && grid.y + ' ↓ ') + grid.x + ' →');
     grid.columns.forEach(text => { add(head, 'th', text).scope = 'col'; });
     const body = add(table, 'tbody');
     grid.rows.forEach((text, row) => {
@@ -117,6 +117,7 @@ function legend(card) {
   const grid = data.grid;
   if (!grid) return;
   for (const [title, values, key] of [[grid.x, grid.columns, 'column'], [grid.y, grid.rows, 'row']]) {
+    if (!title) continue;
     const line = add(card, 'p', title + ' ', 'legend');
     values.forEach((text, k) => {
       const cell = cells.find(cell => cell[key] === k), item = cell && add(line, 'span');
@@ -161,4 +162,7 @@ drawLayers();
 let wide = innerWidth;
 addEventListener('resize', () => { if (innerWidth !== wide) { wide = innerWidth; drawLayers(); draw(); } });
 // On paper all is on the screen.
-addEventListener('beforeprint', () => pictures.forEach(picture => { picture.near = true; paint(picture); }));
+addEventListener('beforeprint', () => {
+  pictures.forEach(picture => { picture.near = true; paint(picture); });
+  document.querySelectorAll('details').forEach(details => { details.open = true; });
+});

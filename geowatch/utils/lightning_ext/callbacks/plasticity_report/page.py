@@ -278,7 +278,8 @@ def grid_data(table, grid):
             'high': quantity.text(scale[1]),
             'cells': [[[quantity.text(value), shade(value, *scale)] for value in own] for own in values]})
     return {'x': grid.titles[0], 'y': grid.titles[1], 'columns': list(map(setting_text, grid.columns)),
-            'rows': list(map(setting_text, grid.rows)), 'facets': facets, 'quantities': shades}
+            'rows': list(map(setting_text, grid.rows)) if grid.titles[1] else [''], 'facets': facets,
+            'quantities': shades}
 
 
 def _round(values):
