@@ -93,6 +93,8 @@ def look_at_report(page, target):
     with tempfile.TemporaryDirectory() as profile:
         driver = start_chromium(profile)
         try:
+            driver.execute_cdp_cmd('Emulation.setDeviceMetricsOverride',
+                                   {'width': 1280, 'height': 860, 'deviceScaleFactor': 1, 'mobile': False})
             driver.get(page.as_uri())
             wait(lambda: driver.execute_script("return document.querySelector('#chart-hero svg') !== null"))
             driver.save_screenshot(str(target))

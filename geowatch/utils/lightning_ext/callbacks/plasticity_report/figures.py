@@ -231,7 +231,8 @@ def _draw_layer_curves(table, labels, name, x):
         lines.update(_draw_curves(axes, table, own))
     span = grid[0].get_ylim()
     for axes, layer in zip(grid, short_names(layers, 30), strict=False):
-        axes.set_ylim(span)  # which is that of all, where each would stretch it
+        if not log:
+            axes.set_ylim(span)  # which is that of all, where each would stretch it
         _dress(axes, layer, '', words.percent, log)
     for axes in grid[len(layers):]:
         axes.axis('off')

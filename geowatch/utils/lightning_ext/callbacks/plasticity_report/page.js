@@ -9,6 +9,7 @@ function drawGrid() {
   holder.replaceChildren();
   grid.facets.forEach((facet, f) => {
     const table = add(holder, 'table', '', 'facet');
+    table.style.minWidth = `${46 + 57 * grid.columns.length}px`;
     if (facet.label) add(table, 'caption', facet.label);
     const head = add(add(table, 'thead'), 'tr');
     add(head, 'th', (grid.y && grid.y + ' ↓ ') + grid.x + ' →');
