@@ -198,6 +198,25 @@ def test_nobody_has_learned_anything(tmp_path):
     assert not any(verdict.best for verdict in said.values())
 
 
+def test_chance_is_no_yardstick(tmp_path):
+    """ Where all are dead or have not moved, an accuracy that is a little better tells nothing. """
+    for name, ends, accuracy in [('dead1', COLLAPSED, 0.1), ('dead2', COLLAPSED, 0.12), ('low', STILL, 0.11)]:
+        made(tmp_path / name, ends, {'val_acc': (0.1, accuracy)}, update=1e-5)
+    assert {name: said.word for name, said in verdicts(tmp_path).items()} == {
+        'dead1': 'collapsed', 'dead2': 'collapsed', 'low': 'hardly moved'}
+
+
+@pytest.mark.parametrize('with_low', [False, True])
+def test_near_the_best_where_nobody_knows_the_start(tmp_path, with_low):
+    """ All have learned before the first validation; it takes a run that has not to see how much. """
+    for name, accuracy in [('a', 0.95), ('b', 0.9), ('c', 0.8)]:
+        made(tmp_path / name, LEARNED, {'val_acc': (0.79, accuracy)})
+    if with_low:
+        made(tmp_path / 'low', STILL, {'val_acc': (0.1, 0.1)}, update=1e-5)
+    assert {name: said.word for name, said in verdicts(tmp_path).items() if name != 'low'} == {
+        'a': 'learned', 'b': 'learned', 'c': 'slow'}
+
+
 # --- by what ------------------------------------------------------------------
 
 

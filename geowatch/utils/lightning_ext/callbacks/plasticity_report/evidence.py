@@ -81,11 +81,13 @@ class Scores:
         curves (List[Dict[int, float]]): of each run, step to value
         ends (List[float]): of each run the mean over the last tenth, nan where it has none
         start (float): of the untrained network, as well as it is known
+        is_start_known (bool): it is of a run that hardly moved; else runs may have won more than it tells
     """
     name: str
     curves: list
     ends: list
     start: float
+    is_start_known: bool
 
     @property
     def sign(self):
@@ -181,12 +183,12 @@ def compare(runs, found, name):
     courses = [list(curve.values()) for curve in curves]
     ends = [_mean(own[-max(1, len(own) // 10):]) for own in courses]
     # The untrained network has no score of its own: the run that moves least is nearest to it.
-    firsts = [(one.distance(), own[0]) for one, own in zip(found, courses, strict=True) if own]
-    start = min(((far, first) for far, first in firsts if math.isfinite(first)), default=(0., math.nan))[1]
+    firsts = [(one.distance(), own[0], one.is_still()) for one, own in zip(found, courses, strict=True) if own]
+    _, start, is_known = min((own for own in firsts if math.isfinite(own[1])), default=(0., math.nan, False))
     if direction(name) > 0:
         # What a score falls to is where it began, which cannot be said of a loss.
         start = min([start, *(end for end in ends if math.isfinite(end))])
-    return Scores(name, curves, ends, start)
+    return Scores(name, curves, ends, start, is_known)
 
 
 def since(curve, holds):

@@ -94,9 +94,16 @@ class _Bench:
         self.runs, self.found = runs, gather(runs)
         self.loss = compare(runs, self.found, loss_name(runs))
         self.score = compare(runs, self.found, under) or compare(runs, self.found, score_name(runs))
-        # Alone, or where nobody has won anything, there is nothing to compare with.
-        self.has_gains = len(runs) > 1 and self.score is not None and self.score.won() > LEAST_WON and not (
-            self.loss and self.loss.won() < LEAST_WON)
+        self.has_gains = self._has_gains()
+
+    def _has_gains(self):
+        """ Alone, or where nobody has won anything, there is nothing to compare with. """
+        if len(self.runs) == 1 or self.score is None or not self.score.won() > LEAST_WON:
+            return False
+        loss = self.loss.won() if self.loss else math.nan
+        # The best of runs that are dead or have not moved is so by chance, unless it is so clearly.
+        return not loss < LEAST_WON and (max(loss, 0.) > SOME_WAY or self.score.won() > LONG_WAY
+                                         or any(not one.lost() and not one.is_still() for one in self.found))
 
     def order(self, verdicts):
         def key(i):
@@ -109,7 +116,8 @@ class _Bench:
         return self.score.gain(i) if self.has_gains else math.nan
 
     def is_behind(self, i):
-        return self.gain(i) < self.score.limit and self.score.is_worse(i) if self.has_gains else False
+        return self.has_gains and self.gain(i) < self.score.limit and (
+            self.score.is_start_known or self.score.is_worse(i) or bool(self.found[i].lost()))
 
     def has_learned(self, i):
         """ By its score, beside the others, or by how far its own loss has come. """
