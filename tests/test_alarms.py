@@ -88,8 +88,8 @@ def test_a_layer_that_begins_at_zero_is_none(tmp_path):
 def test_dead_units(tmp_path):
     (said,), lines = warned(tmp_path, PlasticityMonitor('dead_units'), make_net(Rate, dead=12))
     assert lines[0]['layers']['act']['value'] == 0.75
-    assert said.startswith('PlasticityMonitor: step 4: expected units that change from sample to sample, but 75% of act '
-                           'are saturated on every one')
+    assert said.startswith('PlasticityMonitor: step 4: expected units that change from sample to sample, but 75% of '
+                           'act are saturated on every one')
     assert warned(tmp_path, PlasticityMonitor('dead_units'), make_net(Rate, dead=8))[0] == []
 
 
