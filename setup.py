@@ -25,7 +25,8 @@ setup(
     # Namespace packages throughout: an __init__.py of the host is the host's.
     packages=['geowatch.cli.fit', CALLBACKS, *(f'{CALLBACKS}.{name}' for name in find_packages(
         CALLBACKS.replace('.', '/')))],
-    package_data={f'{CALLBACKS}.plasticity_report': ['page.html']},
+    py_modules=['geowatch.cli.plasticity_report'],
+    package_data={f'{CALLBACKS}.plasticity_report': ['*.html', '*.css', '*.js']},
     install_requires=requirements('runtime'),
     extras_require={name: requirements(name) for name in ('geowatch', 'report', 'tests', 'docs')},
 )

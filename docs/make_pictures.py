@@ -1,13 +1,14 @@
 """
-Make the README's pictures from a real run: the small scale of examples/online_permuted_mnist.py.
+Make the README's pictures from real runs: a sweep of make_verdict_table.py, and examples/online_permuted_mnist.py.
 
-`images/curves.png` is the report's picture of the paper's metrics. `images/tensorboard.png`
-is a screenshot of TensorBoard; it needs chromium and chromedriver on the PATH,
-and selenium.
+`images/grid.png` is the report's grid of a sweep of learning rates and batch sizes, `images/curves.png` its picture of
+the paper's metrics. `images/report.png` and `images/tensorboard.png` are screenshots; they need chromium and
+chromedriver on the PATH, and selenium.
 
 CommandLine:
     python docs/make_pictures.py --mnist=../shared/data/mnist.npz
-    python docs/make_pictures.py --mnist=digits --runs=/tmp/runs
+    python docs/make_pictures.py --mnist=digits --runs=/tmp/runs --sweep=/tmp/sweep
+    python docs/make_pictures.py --only=grid
 """
 import os
 import shutil
@@ -22,7 +23,7 @@ import scriptconfig as scfg
 
 HERE = Path(__file__).resolve().parent
 ENV = {**os.environ, 'GEOWATCH_PREIMPORT': '0'}
-REPORT = [sys.executable, '-m', 'geowatch.utils.lightning_ext.callbacks.plasticity_report']
+REPORT = [sys.executable, '-m', 'geowatch.cli.plasticity_report']
 MOST_BYTES = 300_000
 
 
@@ -32,6 +33,8 @@ class MakePicturesCLI(scfg.DataConfig):
     """
     mnist = scfg.Value('data', type=str, help='as for the example: an .npz file, a folder, or digits')
     runs = scfg.Value(None, type=str, help='folder of runs of the example that are there already')
+    sweep = scfg.Value(None, type=str, help='folder of runs of the sweep that are there already')
+    only = scfg.Value('all', choices=['all', 'grid'], help='grid: the pictures of the sweep alone, in three minutes')
     out = scfg.Value(str(HERE / 'images'), type=str, help='folder for the pictures')
 
     @classmethod
@@ -44,19 +47,59 @@ class MakePicturesCLI(scfg.DataConfig):
         config = cls.cli(cmdline=cmdline, data=kwargs, strict=True)
         out = Path(config.out).resolve()
         out.mkdir(parents=True, exist_ok=True)
+        missing = [name for name in ('chromium', 'chromedriver') if shutil.which(name) is None]
+        if missing:
+            print(f'No screenshots: {" and ".join(missing)} not on the PATH')
         with tempfile.TemporaryDirectory() as work:
+            sweep = Path(config.sweep or Path(work) / 'sweep').resolve()
+            if not config.sweep:
+                train_sweep(sweep)
+            run(*REPORT, f'{sweep}/lr*', f'--out={work}/grid', '--png')
+            save(Path(work) / 'grid/grid.png', out / 'grid.png')
+            if not missing:
+                look_at_report(Path(work) / 'grid/report.html', Path(work) / 'report.png')
+                save(Path(work) / 'report.png', out / 'report.png')
+            if config.only == 'grid':
+                return
             runs = Path(config.runs or Path(work) / 'runs').resolve()
             if not config.runs:
                 example = HERE / 'examples/online_permuted_mnist.py'
                 run(sys.executable, example, f'--mnist={config.mnist}', f'--out={runs}')
-            run(*REPORT, f'{runs}/lr*', f'--out={work}/report', '--under=online_accuracy', '--x=epoch')
+            run(*REPORT, f'{runs}/lr*', f'--out={work}/report', '--under=online_accuracy', '--x=epoch', '--png')
             save(Path(work) / 'report/panels.png', out / 'curves.png')
-            missing = [name for name in ('chromium', 'chromedriver') if shutil.which(name) is None]
-            if missing:
-                print(f'No picture of TensorBoard: {" and ".join(missing)} not on the PATH')
-            else:
+            if not missing:
                 look_at_tensorboard(runs, Path(work) / 'tensorboard.png')
                 save(Path(work) / 'tensorboard.png', out / 'tensorboard.png')
+
+
+def train_sweep(folder):
+    """ The convolutional network on small digits, with SGD: 5 learning rates, 3 batch sizes. """
+    import make_verdict_table as sweeps
+    for lr in sweeps.RATES['SGD']:
+        for batch_size in sweeps.BATCH_SIZES:
+            own = folder / f'lr{lr:g}-bs{batch_size}'
+            own.mkdir(parents=True)
+            sweeps.train(own, 'CNN', 'SGD', lr, batch_size)
+
+
+def look_at_report(page, target):
+    """
+    Take a picture of the first screen of report.html.
+
+    Args:
+        page (Path): the report
+        target (Path): PNG file
+    """
+    with tempfile.TemporaryDirectory() as profile:
+        driver = start_chromium(profile)
+        try:
+            driver.execute_cdp_cmd('Emulation.setDeviceMetricsOverride',
+                                   {'width': 1280, 'height': 860, 'deviceScaleFactor': 1, 'mobile': False})
+            driver.get(page.as_uri())
+            wait(lambda: driver.execute_script("return document.querySelector('#chart-hero svg') !== null"))
+            driver.save_screenshot(str(target))
+        finally:
+            driver.quit()
 
 
 def run(*command):
@@ -139,7 +182,7 @@ def wait(is_ready, seconds=180):
     end = time.monotonic() + seconds
     while not is_ready():
         if time.monotonic() > end:
-            raise TimeoutError('TensorBoard has not come up')
+            raise TimeoutError('the page has not come up')
         time.sleep(0.5)
 
 

@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 import time
+import types
 import warnings
 
 import pytorch_lightning as pl
@@ -24,11 +25,39 @@ from pytorch_lightning.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
 from geowatch.utils.lightning_ext.callbacks.plasticity import PlasticityMonitor
-from geowatch.utils.lightning_ext.callbacks.plasticity_engine import processes, publisher
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine import processes, publisher, rota
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.lines import JsonLines
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.statistics import calls as statistics_of_calls
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.statistics import tensors
 from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import METRICS
+
+
+class OnCPU(pl.strategies.FSDPStrategy):
+    """ FSDP1 without a GPU: Lightning refuses its own class, and torch has to be told. """
+
+    def _setup_model(self, model):
+        from torch.distributed.fsdp import FullyShardedDataParallel
+        self.precision_plugin._desired_input_dtype = torch.float64  # it knows no double precision
+        return FullyShardedDataParallel(model.double(), sharding_strategy=self.sharding_strategy,
+                                        device_id=torch.device('cpu'), **self.kwargs)
+
+
+class ZeroOnCPU(pl.strategies.DeepSpeedStrategy):
+    """ DeepSpeed without a GPU, which Lightning refuses. """
+
+    def setup_environment(self):
+        self.accelerator.setup_device(self.root_device)
+        self.setup_distributed()
+
+    def setup_distributed(self):
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()
+
+    def _setup_model_and_optimizer(self, model, optimizer, lr_scheduler=None):
+        import deepspeed
+        return deepspeed.initialize(config=self.config, model=model, optimizer=optimizer, dist_init_required=False,
+                                    model_parameters=list(model.parameters()))[:2]
+
 
 # With torch 2.6 fully_shard fails on a CPU, whose streams lack what it calls.
 CAN_SHARD_ON_CPU = hasattr(pl.strategies, 'ModelParallelStrategy') and hasattr(torch.cpu.Stream, 'record_event')
@@ -137,6 +166,9 @@ class Routed(Net):
     def training_step(self, batch, batch_idx):
         return super().training_step(batch, batch_idx) * self.world  # of which DDP takes the mean
 
+    def configure_optimizers(self):
+        return torch.optim.SGD((self.trainer.model or self).parameters(), lr=0.02)  # of FSDP1 those that it has made
+
     def configure_model(self):
         if self.tensor_parallel:
             from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -150,6 +182,11 @@ class Routed(Net):
                 fully_shard(layer, mesh=mesh)
             if not self.tensor_parallel:
                 fully_shard(self, mesh=mesh)
+
+
+def wrap_linear(module, recurse, nonwrapped_numel):
+    """ Whether FSDP1 makes a buffer of a module's own: of the second layer alone, so that the first shares one. """
+    return recurse or getattr(module, 'out_features', 0) == 12
 
 
 def batches_of(rank, world, how, step=8):
@@ -220,6 +257,10 @@ def fault_of(fault, rank):
     if where not in (None, rank):
         return
     calls = []
+    if name == 'one at a time':  # so that layers take turns
+        rota.SECONDS = 0.
+        publisher.Rota = lambda share, device: rota.Rota(0., device)
+        return
     if name == 'small buffers':  # so that everything takes several rounds
         processes._MESSAGE, processes._NUMBERS = 64, 77
         return
@@ -238,6 +279,14 @@ def fault_of(fault, rank):
         METRICS[name] = dataclasses.replace(METRICS[name], formula=failing(METRICS[name].formula))
     elif name == 'gram':
         tensors.gram = failing(tensors.gram)
+    elif name == 'one site':
+        add = statistics_of_calls.Away.add
+
+        def fails_at_one(self, own, call):
+            if call.site.layer == 'fc2':
+                raise RuntimeError('fault of one site')
+            add(self, own, call)
+        statistics_of_calls.Away.add = fails_at_one
     elif name == 'sums':
         tensors.STATISTICS[failing(tensors.sums)] = tensors.STATISTICS.pop(tensors.sums)
     else:
@@ -263,6 +312,15 @@ def train_together(folder, strategy='ddp', how='even', fault=None, epochs=2, sle
     replicas = world
     if world == 1:
         strategy = 'auto'
+    elif strategy.startswith('fsdp1'):
+        # Of each layer a buffer, and one of what is left.
+        strategy = OnCPU(process_group_backend='gloo', use_orig_params='flat' not in strategy,
+                         auto_wrap_policy=None if 'alone' in strategy else wrap_linear)
+    elif strategy.startswith('zero'):
+        strategy = ZeroOnCPU(process_group_backend='gloo', config={
+            'train_micro_batch_size_per_gpu': 4,
+            'zero_optimization': {'stage': int(strategy[-1]), 'stage3_param_persistence_threshold': 20},
+            'zero_allow_untested_optimizer': True, 'zero_force_ds_cpu_optimizer': False})
     elif strategy == 'ddp':
         strategy = pl.strategies.DDPStrategy(process_group_backend='gloo', find_unused_parameters=True)
     else:
@@ -356,6 +414,42 @@ def layouts(folder, mesh_shape):
     torch.distributed.destroy_process_group()
 
 
+def one_by_one(folder):
+    """ How many Gram matrices are there at once when several weights with shards become spectra. """
+    import gc
+
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    from geowatch.utils.lightning_ext.callbacks.plasticity_engine.measurement import spectrum_of
+    from geowatch.utils.lightning_ext.callbacks.plasticity_engine.processes import Processes, layout_of
+    torch.distributed.init_process_group('gloo')
+    together, most = Processes(2, 'cpu'), [0]
+    mesh = init_device_mesh('cpu', (2,))
+    of_part = tensors.gram
+
+    def counted(*args):
+        matrix = of_part(*args)
+        there = {x.data_ptr() for x in gc.get_objects()
+                 if type(x) is torch.Tensor and x.shape == matrix.shape and x.dtype is matrix.dtype}
+        most[0] = max(most[0], len(there))
+        return matrix
+    tensors.gram = counted
+    processes._NUMBERS = 40  # as for a large matrix, which takes more than a round
+    together._numbers = together._numbers[:40]
+    weights = {f'fc{i}': torch.arange(60.).add(i).sin().reshape(6, 10) for i in range(4)}
+    stats = {('weights', 'gram'): tensors.grams({
+        name: distribute_tensor(x, mesh, [Shard(i % 2)]) for i, (name, x) in enumerate(weights.items())}, ['gram'])[
+            'gram']}
+    (total,), _ = together.add_up([stats], [layout_of([stats])] * 2, whole=spectrum_of)
+    for name, values in total['weights', 'spectrum'].items():
+        torch.testing.assert_close(values.flip(0).float(), torch.linalg.svdvals(weights[name]), rtol=1e-4, atol=1e-5)
+    if together.rank == 0:
+        with open(f'{folder}/found.json', 'w') as file:
+            json.dump({'layers': len(total['weights', 'spectrum']), 'most': most[0]}, file)
+    torch.distributed.destroy_process_group()
+
+
 def slices(folder, mesh_shape):
     """ Statistics of the matrices that a parameter of three dimensions holds, in each layout. """
     from torch.distributed.device_mesh import init_device_mesh
@@ -389,17 +483,103 @@ def slices(folder, mesh_shape):
     torch.distributed.destroy_process_group()
 
 
-def flattened(folder):
-    """ What FSDP1 makes of the weights. """
-    from torch.distributed.fsdp import FullyShardedDataParallel
+class Mixed(torch.nn.Module):
+    """ Kinds of weights whose numbers lie in a buffer in different ways. """
 
-    from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.weights import why_not_a_weight
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+        self.experts = torch.nn.Parameter(torch.randn(3, 4, 5))
+        self.wide = torch.nn.Linear(5, 7)
+        self.tall = torch.nn.Linear(7, 3)
+
+    def forward(self, x):
+        x = self.conv(x).relu().mean((2, 3))
+        return self.tall(self.wide(torch.einsum('bi,eio->bo', x, self.experts)).relu()).square().sum()
+
+
+def statistics_of(model):
+    """ All additive statistics of the weights and gradients of a model, on this process. """
+    from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.weights import weights_of
+    from geowatch.utils.lightning_ext.callbacks.plasticity_engine.statistics.tensors import functions_of
+    weights, found = weights_of(model), {}
+    for source, own in (('weights', weights), ('gradients', {layer: w.grad for layer, w in weights.items()})):
+        for function, fields in functions_of(['count', 'abs', 'squares', 'nonfinite', 'gram']).items():
+            found.update({(source, field): x for field, x in function(own, fields).items()})
+    return found
+
+
+def as_lists(totals):
+    """ Statistics as JSON has them. """
+    return {f'{source}.{field}': {layer: torch.as_tensor(x, dtype=torch.float64).tolist() for layer, x in own.items()}
+            for (source, field), own in totals.items()}
+
+
+def flattened(folder, sharding, keeps):
+    """ Statistics of what FSDP1 has flattened, after a backward pass, added up over the processes. """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+
+    from geowatch.utils.lightning_ext.callbacks.plasticity_engine.processes import Processes, layout_of
     torch.distributed.init_process_group('gloo')
-    found = []
-    for keeps in (False, True):
-        model = FullyShardedDataParallel(make_net(), use_orig_params=keeps, device_id=torch.device('cpu'))
-        found.append(sorted({str(why_not_a_weight(param)) for param in model.parameters()}))
-    if torch.distributed.get_rank() == 0:
+    together = Processes(torch.distributed.get_world_size(), 'cpu')
+    mesh = init_device_mesh('cpu', (2, together.count // 2)) if 'HYBRID' in sharding else None
+    torch.manual_seed(0)
+    model = FullyShardedDataParallel(
+        Mixed().double(), sharding_strategy=ShardingStrategy[sharding], use_orig_params=keeps, device_mesh=mesh,
+        device_id=torch.device('cpu'), auto_wrap_policy=lambda module, recurse, nonwrapped_numel: recurse or isinstance(
+            module, torch.nn.Conv2d))
+    model(torch.randn(6, 3, 5, 5).double()).backward()
+    stats = statistics_of(model)
+    messages = together.exchange({'layout': layout_of([stats])})
+    (total,), _ = together.add_up([stats], [message['layout'] for message in messages])
+    if together.rank == 0:
         with open(f'{folder}/found.json', 'w') as file:
-            json.dump(found, file)
+            json.dump(as_lists(total), file)
+    torch.distributed.destroy_process_group()
+
+
+def as_deepspeed(model, stage):
+    """ A model as ZeRO leaves it after a backward pass: stand-ins for what it attaches to parameters. """
+    world, rank, group = torch.distributed.get_world_size(), torch.distributed.get_rank(), torch.distributed.group.WORLD
+    offset, total = 0, sum(param.numel() for param in model.parameters())
+    for param in model.parameters():
+        whole, gradient, numbers = param.detach().flatten().clone(), param.grad.flatten(), param.numel()
+        if stage == 3:  # of each parameter a part on each process, the last one padded
+            size = -(-numbers // world)
+            whole, gradient = (torch.nn.functional.pad(x, [0, size * world - numbers], value=42.)[rank * size:][:size]
+                               for x in (whole, gradient))
+            param.ds_id, param.ds_shape, param.ds_process_group, param.ds_tensor = id(param), param.shape, group, whole
+            param.ds_tensor.ds_numel = size
+            param._z3_optimizer = types.SimpleNamespace(get_local_fp32_grad_for_param=lambda _, own=gradient: own)
+            param.data = param.new_empty(0)
+        else:  # parts of all parameters in a row, of which most processes have none of a small one
+            size = -(-total // world)
+            start, end = (min(max(size * index - offset, 0), numbers) for index in (rank, rank + 1))
+            param._dp_group, param._index_in_param_group = group, 0
+            param._hp_mapping = types.SimpleNamespace(
+                lp_fragment_address=types.SimpleNamespace(start=start, numel=end - start),
+                get_lp_grad_fragment=lambda _, own=gradient[start:end]: own) if start < end else None
+            offset += numbers
+        param.grad = None
+
+
+def zero_stands_in(folder, stage):
+    """ Statistics of what DeepSpeed's documented interface gives, added up over the processes. """
+    from geowatch.utils.lightning_ext.callbacks.plasticity_engine.processes import Processes, layout_of
+    torch.distributed.init_process_group('gloo')
+    sys.modules['deepspeed'] = types.ModuleType('deepspeed')
+    sys.modules['deepspeed.utils'] = types.SimpleNamespace(
+        safe_get_local_grad=lambda param: param._z3_optimizer.get_local_fp32_grad_for_param(param))
+    together = Processes(torch.distributed.get_world_size(), 'cpu')
+    torch.manual_seed(0)
+    model = Mixed().double()
+    model(torch.randn(6, 3, 5, 5).double()).backward()
+    as_deepspeed(model, stage)
+    stats = statistics_of(model)
+    messages = together.exchange({'layout': layout_of([stats])})
+    (total,), _ = together.add_up([stats], [message['layout'] for message in messages])
+    if together.rank == 0:
+        with open(f'{folder}/found.json', 'w') as file:
+            json.dump(as_lists(total), file)
     torch.distributed.destroy_process_group()

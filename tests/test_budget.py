@@ -8,9 +8,10 @@ import pytest
 from common import Net, Recorder, fit, lines_of, make_net
 from process_runs import run_processes, train_together
 from pytorch_lightning import Callback
-from pytorch_lightning.callbacks import LambdaCallback
+from pytorch_lightning.callbacks import EarlyStopping, LambdaCallback
 
 from geowatch.utils.lightning_ext.callbacks.plasticity import PlasticityMonitor
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine import fit as fit_module
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.budget import Budget, fair_parts
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.lightning import Moment
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.schedule import Schedule
@@ -230,3 +231,42 @@ def test_a_run_that_begins_with_a_validation(tmp_path):
     _, trainer, lines, _ = fit(tmp_path, monitor, callbacks=[BeforeAnyStep()])
     assert trainer.global_step == 10
     assert lines_of(lines, 'dead_units')[0]['step'] == 4 and lines_of(lines, 'overhead')[0]['step'] == 4
+
+
+class Stops(Callback):
+    def __init__(self, epoch):
+        self.epoch = epoch
+
+    def on_train_epoch_end(self, trainer, module):
+        trainer.should_stop = trainer.current_epoch >= self.epoch
+
+
+@pytest.mark.parametrize('source', ['train', 'validation'])
+def test_ranks_of_short_epochs_are_measured_less_often(tmp_path, monkeypatch, source):
+    """ By themselves, where nobody has set an interval: but in the first and in the last epoch. """
+    monkeypatch.setattr(fit_module, '_THRIFT', ('0.1%', 0.))
+    _, _, lines, _ = fit(tmp_path / 'a', PlasticityMonitor('paper', source=source), max_epochs=6)
+    epochs = {name: [line['epoch'] for line in lines_of(lines, name)] for name in METRICS}
+    assert epochs['erank'] == epochs['feature_erank'] == [0, 5]
+    assert epochs['dead_units'] == epochs['weight_mag'] == [0, 1, 2, 3, 4, 5]
+    assert not lines_of(lines, 'overhead')
+    _, _, lines, _ = fit(tmp_path / 'b', PlasticityMonitor('paper', 'epoch', source=source), max_epochs=3)
+    assert [line['epoch'] for line in lines_of(lines, 'erank')] == [0, 1, 2]
+
+
+def test_ranks_at_an_end_that_nobody_knew(tmp_path, monkeypatch):
+    monkeypatch.setattr(fit_module, '_THRIFT', ('0.1%', 0.))
+    _, _, lines, _ = fit(tmp_path, PlasticityMonitor(), max_epochs=6, callbacks=[Stops(3)])
+    assert [line['epoch'] for line in lines_of(lines, 'erank')] == [0, 3]
+
+
+def test_ranks_of_an_ordinary_run_are_measured_each_epoch(tmp_path):
+    _, _, lines, _ = fit(tmp_path, PlasticityMonitor(), max_epochs=4)
+    assert [line['epoch'] for line in lines_of(lines, 'feature_erank')] == [0, 1, 2, 3]
+
+
+def test_ranks_that_others_watch_do_not_wait(tmp_path, monkeypatch):
+    monkeypatch.setattr(fit_module, '_THRIFT', ('0.1%', 0.))
+    stopping = EarlyStopping('plasticity/feature_erank', mode='max', patience=100)
+    _, _, lines, _ = fit(tmp_path, PlasticityMonitor(), max_epochs=4, callbacks=[stopping])
+    assert [line['epoch'] for line in lines_of(lines, 'feature_erank')] == [0, 1, 2, 3]

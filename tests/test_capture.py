@@ -276,16 +276,19 @@ def test_an_exception_that_the_model_catches():
 
 
 def test_an_error_of_ours_never_reaches_the_model():
-    def observe(*args):
-        raise ValueError('ours')
+    def observe(site, *args):
+        if site.module == '1':
+            raise ValueError('ours')
+        seen.append(site.module)
 
-    errors = []
+    errors, seen = [], []
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.ReLU())
     before = attached()
-    with Capture(model, observe, on_error=errors.append):
+    with Capture(model, observe, on_error=lambda *error: errors.append(error)):
         y = model(torch.ones(2, 3))
     assert torch.equal(y, model(torch.ones(2, 3)))
-    assert [str(error) for error in errors] == ['ours']  # once: then it sees nothing more
+    assert [(path, str(error)) for path, error in errors] == [('1', 'ours')]
+    assert seen == ['2']  # it sees the others
     assert attached() == before
     with pytest.raises(ValueError, match='ours'), Capture(model, observe):
         model(torch.ones(2, 3))

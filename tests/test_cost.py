@@ -343,6 +343,13 @@ def test_no_full_copy_of_weights_or_gradients(metric, dtype):
         assert peak < size / 20
 
 
+def test_one_gram_matrix_at_a_time():
+    """ Of many layers, or a large network would need more memory for them than for its weights. """
+    peaks = [peak_bytes(lambda own=own: measure_tensors('erank', own)) for own in (
+        {f'fc{i}': torch.eye(256) for i in range(layers)} for layers in (1, 8))]
+    assert 256 * 256 * 8 < peaks[1] < 1.1 * peaks[0]
+
+
 def test_a_graph_is_not_kept(tmp_path):
     """ The statistics of a step hold on to no activations. """
     monitor = PlasticityMonitor('all', interval=1, source='train', samples=10 ** 6)

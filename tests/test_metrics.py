@@ -26,6 +26,7 @@ from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources import STE
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.sites import Site
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.window import Window
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.statistics.calls import Call, makers_of
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine.statistics.spectrum import gram, made
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.statistics.tensors import STATISTICS, functions_of
 from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import (
     GROUPS,
@@ -251,20 +252,18 @@ def test_tensor_statistics_add_up(field):
     ((function, fields),) = functions_of([field]).items()
 
     def of(x):
-        return torch.as_tensor(function({'x': x}, fields)[field]['x']).double()
+        return torch.as_tensor(made(function({'x': x}, fields)[field]['x'])).double()
     for name in ('wide', 'tall'):
         matrix = whole[name]
         axis = 1 if name == 'wide' else 0
-        parts = [torch.tril(of(part)) if field == 'gram' else of(part) for part in matrix.tensor_split(3, axis)]
-        # Only of parts that keep the smaller side the smaller one.
-        if field == 'gram':
-            parts = [torch.tril(gram_of(part, axis)) for part in matrix.tensor_split(3, axis)]
+        # Of parts the smaller side may be the other one.
+        parts = [torch.tril(gram_of(part, axis)) if field == 'gram' else of(part)
+                 for part in matrix.tensor_split(3, axis)]
         total = torch.tril(of(matrix)) if field == 'gram' else of(matrix)
         torch.testing.assert_close(sum(parts), total, rtol=1e-12, atol=1e-12)
 
 
 def gram_of(part, axis):
-    from geowatch.utils.lightning_ext.callbacks.plasticity_engine.statistics.spectrum import gram
     return gram(part, 'rows' if axis == 1 else 'columns')
 
 

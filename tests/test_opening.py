@@ -11,7 +11,7 @@ import warnings
 import pytest
 import pytorch_lightning as pl
 import torch
-from common import Net, fit, lines_of, make_data, make_net
+from common import ACTIVATIONS, Net, fit, lines_of, make_data, make_net
 from pytorch_lightning.callbacks import Callback
 from test_faults import everything, left_behind
 from torch._dynamo import eval_frame
@@ -28,6 +28,8 @@ from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activation
     opening,
 )
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.capture import Capture
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.trails import Trails
+from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import METRICS
 
 set_stance = pytest.importorskip('torch.compiler', reason='no torch.compiler').set_stance
 
@@ -37,6 +39,7 @@ def nothing_is_left():
     yield
     gc.collect()
     assert not left_behind() and eval_frame._stance == eval_frame.DynamoStance() and not opening._open
+    assert not hasattr(torch.export._trace._export, 'of_torch')
 
 
 class Doubles(TorchFunctionMode):
@@ -159,6 +162,38 @@ def test_an_end_that_we_are_not_told_of(tmp_path, how):
     assert not left_behind() and eval_frame._stance.stance == 'default'
 
 
+class PartlyCompiled(Net):
+    def __init__(self):
+        super().__init__()
+        self.fc2 = torch.compile(self.fc2, backend='eager')
+
+
+@pytest.mark.parametrize('leaves', ['on_before_backward', 'on_train_batch_end'])
+def test_no_warning_of_our_hooks(tmp_path, leaves):
+    """ Torch has one for modules that are compiled, which may be an error; and what is shown is as it was. """
+    holds = Holds(lambda: warnings.catch_warnings(record=True), 'on_train_batch_start', leaves)
+    before = list(warnings.filters)
+    warnings.filterwarnings('error', message='Using `torch.compile')
+    own = list(warnings.filters)
+    assert own != before
+    _, trainer, lines, _ = fit(tmp_path, PlasticityMonitor('dead_units@1', source='train', samples=4),
+                               make_net(PartlyCompiled), callbacks=[holds], max_epochs=1, validate=False)
+    assert trainer.global_step == 5 and len(lines_of(lines, 'dead_units')) == 5
+    assert warnings.filters == own and len(holds.seen) == 5
+    with left_open(make_net(PartlyCompiled)) as net, pytest.raises(UserWarning, match='global hooks'):
+        net(make_data())
+
+
+@contextlib.contextmanager
+def left_open(net):
+    """ Hooks of others. """
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *args: None)
+    try:
+        yield net
+    finally:
+        handle.remove()
+
+
 class Decorated(Net):
     """ One method of it is compiled. """
 
@@ -212,6 +247,112 @@ def test_calls_that_are_not_like_the_others(tmp_path, cls, capsys):
     assert trainer.global_step == 5 and 'Traceback' not in capsys.readouterr().out
     for tag in ('dead_units', 'feature_erank', 'sign_entropy', 'weight_mag'):
         assert lines_of(lines, tag) and lines_of(lines, tag)[-1]['value'] is not None
+
+
+class Odd(torch.Tensor):
+    """ Holds another tensor, of which it does not let everything be computed. """
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.amax.default:
+            raise NotImplementedError('no such reduction')
+        output = func(*(x.inner if isinstance(x, cls) else x for x in args), **(kwargs or {}))
+        return cls(output) if isinstance(output, torch.Tensor) else output
+
+
+class Holder(Odd):
+    """ Tells what it holds. """
+
+    def __tensor_flatten__(self):
+        return ['inner'], None
+
+    @staticmethod
+    def __tensor_unflatten__(held, meta, size, stride):
+        return Holder(held['inner'])
+
+
+class HasOdd(Net):
+    """ The second layer works on such tensors. """
+    odd = Odd
+
+    def features(self, x):
+        first = self.act(self.fc1(x))
+        return first, torch.relu(self.fc2(self.odd(first))).inner
+
+
+@pytest.mark.parametrize('odd, why', [
+    (Odd, 'relu that failed: NotImplementedError in test_opening.py:'),
+    (Holder, 'relu of a Holder, which has no numbers of its own')])
+def test_a_site_that_cannot_be_measured(tmp_path, odd, why, capsys):
+    """ It is left out, with a word, and all else is measured. """
+    net = make_net(HasOdd)
+    net.odd = odd
+    _, trainer, lines, _ = fit(tmp_path, everything(), net, max_epochs=1)
+    out = capsys.readouterr().out
+    assert trainer.global_step == 5 and 'Traceback' not in out
+    assert out.count(f'not seen: activations inside the step: {why}') == 1
+    assert {line['metric'] for line in lines} == set(METRICS)
+    assert all(set(line['layers']) == {'act'} for line in lines if line['metric'] in ACTIVATIONS)
+
+
+class Unfollowed(Net):
+    """ Calls a function in a way in which it cannot be followed. """
+
+    def features(self, x):
+        first, second = super().features(x)
+        return first, torch.tanh(second)
+
+
+def test_a_call_that_cannot_be_followed(tmp_path, monkeypatch, capsys):
+    def fails(self, name, *args):
+        if name == 'tanh':
+            raise TypeError('of this call')
+        return follow(self, name, *args)
+    follow = Trails.follow
+    monkeypatch.setattr(Trails, 'follow', fails)
+    _, trainer, lines, _ = fit(tmp_path, everything(), make_net(Unfollowed), max_epochs=1)
+    out = capsys.readouterr().out
+    assert trainer.global_step == 5 and 'Traceback' not in out
+    assert out.count('not seen: activations inside the step: a call that failed: TypeError in test_opening.py:') == 1
+    assert all(set(line['layers']) == {'act', 'relu'} for line in lines if line['metric'] in ACTIVATIONS)
+
+
+class Exports(Net):
+    """ Exports a part of itself once, before its forward pass. """
+    strict, in_training, exported = True, True, None
+
+    def forward(self, x):
+        if self.exported is None and self.training == self.in_training:
+            self.is_looked_at = bool(opening._open)
+            inner = torch.nn.Sequential(self.fc1, self.act, self.fc2, torch.nn.Tanh())
+            program = torch.export.export(inner, (x[:2],), strict=self.strict)
+            stacks = [(list(node.meta.get('nn_module_stack', {}).values()), node.meta.get('stack_trace'))
+                      for node in program.graph.nodes]
+            self.exported = str(program), stacks
+        return super().forward(x)
+
+
+@pytest.mark.parametrize('source, strict', [('train', True), ('validation', True), ('train', False)])
+def test_what_is_exported_meanwhile(tmp_path, source, strict):
+    """ Is what it would be without us, and what runs after it is seen. """
+    def run(monitor, name):
+        net = make_net(Exports)
+        net.strict, net.in_training = strict, source == 'train'
+        _, trainer, lines, _ = fit(tmp_path / name, monitor, net, n=9, max_epochs=1, num_sanity_val_steps=0,
+                                   validate=source == 'validation')
+        assert trainer.global_step == 2 and net.is_looked_at == (name == 'with')
+        return net.exported, lines
+    exported, lines = run(PlasticityMonitor('dead_units@1,feature_erank', source=source, samples=8), 'with')
+    assert exported == run(pl.Callback(), 'without')[0]
+    assert set(lines_of(lines, 'dead_units')[-1]['layers']) == {'act', 'relu'}
 
 
 # --- interrupted anywhere ---------------------------------------------------------

@@ -9,7 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from common import ACTIVATIONS, AT_START, NOISE, lines_of, of_source
-from process_runs import CAN_SHARD_ON_CPU, OURS, flattened, layouts, run_processes, train_together, trains_alone
+from process_runs import (
+    CAN_SHARD_ON_CPU,
+    OURS,
+    layouts,
+    one_by_one,
+    run_processes,
+    train_together,
+    trains_alone,
+)
 
 from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import METRICS
 
@@ -19,13 +27,14 @@ TAGS = tuple(METRICS)
 class Ran:
     """ What the ranks have left in a folder. """
 
-    def __init__(self, folder, count, **kwargs):
+    def __init__(self, folder, count, seconds=120, **kwargs):
         if kwargs.get('strategy') == 'fsdp2' and not CAN_SHARD_ON_CPU:
             pytest.skip('FSDP2 does not run on a CPU with this version of torch or of Lightning')
         Path(folder).mkdir(exist_ok=True)
         defaults = {'strategy': 'ddp', 'how': 'even', 'fault': None, 'epochs': 2, 'sleep': 0., 'monitor': None,
                     'toys': 0, 'accumulate': 1}
-        self.codes = run_processes(train_together, count, str(folder), *{**defaults, **kwargs}.values())
+        self.codes = run_processes(
+            train_together, count, str(folder), *{**defaults, **kwargs}.values(), seconds=seconds)
         self.said = [(Path(folder) / f'rank{rank}.txt').read_text() for rank in range(count)]
         assert self.codes == [0] * count, self.said
         self.ranks = [json.loads((Path(folder) / f'rank{rank}.json').read_text()) for rank in range(count)]
@@ -172,10 +181,39 @@ def test_what_fails_between_statistics_and_numbers(tmp_path, name, where):
     ran.collectives()  # the same on all
 
 
+@pytest.mark.parametrize('where', [1, None])
+def test_a_site_that_fails(tmp_path, one, where):
+    """ On one process it is measured from the others, on all it is left out; all else is as it was. """
+    ran = Ran(tmp_path, 2, fault=('one site', where, 0), monitor={'source': 'train'}, epochs=1)
+    said = ''.join(ran.said)
+    assert 'Traceback' not in said and said.count('relu that failed: RuntimeError in process_runs.py:') == 1
+    assert {line['metric'] for line in ran.lines} == set(TAGS)
+    expected = {(line['metric'], line['step']): line['layers'] for line in one['ddp', 'train']}
+    for line in ran.lines:
+        if line['metric'] in ACTIVATIONS:
+            layers = expected[line['metric'], line['step']]
+            assert set(layers) - set(line['layers']) == (set() if where else {'relu'})
+            for layer, own in line['layers'].items():
+                assert layer == 'relu' or own == pytest.approx(layers[layer], rel=1e-6)
+    ran.collectives()
+
+
 def test_what_takes_several_rounds(tmp_path, one):
     ran = Ran(tmp_path, 2, how='branch', fault=('small buffers', None, 0), monitor={'source': 'train'})
     same(*([line for line in lines if line['metric'] not in NOISE] for lines in (ran.lines, one['ddp', 'train'])))
     assert max(ran.collectives().values()) > 10
+
+
+@pytest.mark.parametrize('strategy', ['ddp', 'fsdp2'])
+def test_layers_take_the_same_turns(tmp_path, strategy):
+    """ One at a time, which several processes have to agree on, or they would wait for each other for ever. """
+    ranks = {'monitor': {'metrics': 'erank,feature_erank'}, 'strategy': strategy, 'fault': ('one at a time', None, 0)}
+    together, alone = Ran(tmp_path / 'together', 2, **ranks), Ran(tmp_path / 'alone', 1, **ranks)
+    same(together.lines, alone.lines)
+    of_weights = [line['fresh'] for line in together.lines if line['metric'] == 'erank']
+    assert all(len(fresh) == 1 for fresh in of_weights) and len({name for name, in of_weights}) > 2
+    assert [line.get('fresh') for line in together.lines] == [line.get('fresh') for line in alone.lines]
+    assert max(together.collectives().values()) <= 2
 
 
 @pytest.mark.parametrize('all_of_them', [False, True])
@@ -210,6 +248,12 @@ def test_layouts_of_sharded_weights(tmp_path, count, mesh):
             assert max(message['n'] for message in got['largest part']) < matrix.size
 
 
+def test_sharded_spectra_one_by_one(tmp_path):
+    assert run_or_skip(one_by_one, 2, str(tmp_path)) == [0, 0]
+    found = json.loads((tmp_path / 'found.json').read_text())
+    assert found == {'layers': 4, 'most': 2}  # the next one begins in the round in which the last one ends
+
+
 @pytest.mark.parametrize('source', ['train', 'validation'])
 @pytest.mark.parametrize('count', [2, 4], ids=['tensor parallel', 'with FSDP2'])
 def test_tensor_parallel_weights(tmp_path, one, count, source):
@@ -221,10 +265,3 @@ def test_tensor_parallel_weights(tmp_path, one, count, source):
     same(ran.lines, [line for line in one['fsdp2', source] if line['metric'] in names])
     assert max(ran.collectives().values()) <= 2
     assert not any('Not watched' in said and 'erank' in said.partition('Not watched')[2] for said in ran.said)
-
-
-def test_flattened_weights_are_told(tmp_path):
-    # Nothing is wrong silently: FSDP1 hides which numbers are weights.
-    assert run_processes(flattened, 2, str(tmp_path)) == [0, 0]
-    for reasons in json.loads((tmp_path / 'found.json').read_text()):
-        assert any('FSDP1' in reason for reason in reasons) and 'None' not in reasons

@@ -7,7 +7,6 @@ import io
 import json
 import math
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -25,10 +24,12 @@ from geowatch.utils.lightning_ext.callbacks.plasticity_report import (
     report_command,
     write_report_script,
 )
-from geowatch.utils.lightning_ext.callbacks.plasticity_report.figures import (
+from geowatch.utils.lightning_ext.callbacks.plasticity_report.curves import (
     change_of,
+    differing_layers,
     layer_grid,
     metric_curve,
+    short_names,
     under_curve,
 )
 from geowatch.utils.lightning_ext.callbacks.plasticity_report.findings import find, make_table, trend
@@ -36,11 +37,10 @@ from geowatch.utils.lightning_ext.callbacks.plasticity_report.runs import load_r
 from geowatch.utils.lightning_ext.callbacks.plasticity_report.scalars import load_scalars
 from geowatch.utils.lightning_ext.callbacks.plasticity_report.settings import compared_settings
 
-COMMAND = [sys.executable, '-m', 'geowatch.utils.lightning_ext.callbacks.plasticity_report']
+COMMAND = [sys.executable, '-m', 'geowatch.cli.plasticity_report']
 ENV = {**os.environ, 'GEOWATCH_PREIMPORT': '0'}
-drawing = pytest.mark.skipif(
-    not all(map(importlib.util.find_spec, ('matplotlib', 'plotly'))),
-    reason='matplotlib and plotly, the extra `report`, are not installed')
+drawing = pytest.mark.skipif(importlib.util.find_spec('matplotlib') is None,
+                             reason='matplotlib, the extra `report`, is not installed')
 
 
 def line(metric, step, value, layers=None, per_epoch=10, samples=None):
@@ -289,15 +289,33 @@ def test_an_unknown_scalar_lists_the_known_ones(tmp_path, capsys):
 
 
 @drawing
-@pytest.mark.parametrize('missing', ['plotly', 'matplotlib'])
-def test_a_missing_library_is_one_line_and_code_2(tmp_path, capsys, monkeypatch, missing):
-    write_run(tmp_path / 'a', [line('erank', 9, 5.0)])
-    monkeypatch.setitem(sys.modules, missing, None)
-    for name in [name for name in sys.modules if name.startswith(f'{missing}.')]:
+def test_a_missing_library_is_one_line_and_code_2_and_the_page_needs_none(tmp_path, capsys, monkeypatch):
+    folder = write_run(tmp_path / 'a', [line('erank', 9, 5.0)])
+    for name in ['matplotlib', *(name for name in sys.modules if name.startswith('matplotlib.'))]:
         monkeypatch.setitem(sys.modules, name, None)
-    assert PlasticityReportCLI.main(cmdline=0, runs=[str(tmp_path / 'a')]) == 2
+    assert PlasticityReportCLI.main(cmdline=0, runs=[str(folder)]) == 0
+    assert (folder / 'monitor/plasticity/report.html').exists()
+    capsys.readouterr()
+    assert PlasticityReportCLI.main(cmdline=0, runs=[str(folder)], png=True) == 2
     (complaint,) = capsys.readouterr().err.splitlines()
-    assert missing in complaint and "pip install 'geowatch-plasticity[report]'" in complaint
+    assert 'matplotlib' in complaint and "pip install 'geowatch-plasticity[report]'" in complaint
+
+
+def test_the_command_imports_neither_torch_nor_lightning(tmp_path):
+    """ Of the host as it is installed, whose packages import both. """
+    two_runs(tmp_path / 'runs')
+    code = textwrap.dedent("""
+        import runpy, sys
+        sys.argv = ['report', *sys.argv[1:]]
+        try:
+            runpy.run_module('geowatch.cli.plasticity_report', run_name='__main__', alter_sys=True)
+        except SystemExit as end:
+            print(end.code, *{'torch', 'pytorch_lightning', 'matplotlib', 'pandas'} & set(sys.modules))
+    """)
+    done = subprocess.run([sys.executable, '-c', code, tmp_path / 'runs', f'--out={tmp_path}'], env=ENV, text=True,
+                          capture_output=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == '0'
 
 
 def test_importing_it_is_cheap():
@@ -335,15 +353,49 @@ def ink(fpath):
 def test_pictures_and_page_are_written(tmp_path, capsys):
     two_runs(tmp_path / 'runs')
     out = tmp_path / 'out'
-    assert PlasticityReportCLI.main(cmdline=0, runs=[str(tmp_path / 'runs')], out=str(out), x='epoch') == 0
+    assert PlasticityReportCLI.main(cmdline=0, runs=[str(tmp_path / 'runs')], out=str(out), x='epoch', png=True) == 0
     metrics = ['dead_units', 'erank', 'weight_mag']
-    layers = [f'layers-{name}-lr{lr}' for name in metrics for lr in (0.01, 0.1)]
     assert sorted(path.name for path in out.iterdir()) == sorted(
-        [f'{name}.png' for name in [*metrics, *layers, 'panels']] + ['report.html'])
+        [f'{name}.png' for name in [*metrics, *(f'layers-{name}' for name in metrics), 'panels', 'grid']]
+        + ['report.html'])
     for path in out.glob('*.png'):
         assert ink(path) > 0.01, path
     text = capsys.readouterr().out
     assert 'dead units 1 % -> 19 %' in text and 'correlates' in text and str(out / 'report.html') in text
+    single = tmp_path / 'runs' / 'lr0.1'
+    assert PlasticityReportCLI.main(cmdline=0, runs=[str(single)], out=str(tmp_path / 'one'), png=True) == 0
+    assert ink(tmp_path / 'one' / 'layers-erank.png') > 0.1  # a heatmap
+
+
+def test_pictures_only_when_asked_for(tmp_path, capsys):
+    two_runs(tmp_path / 'runs')
+    assert PlasticityReportCLI.main(cmdline=0, runs=[str(tmp_path / 'runs')], out=str(tmp_path / 'out')) == 0
+    assert [path.name for path in (tmp_path / 'out').iterdir()] == ['report.html']
+    assert capsys.readouterr().out.endswith(f'Wrote {tmp_path / "out" / "report.html"}\n')
+
+
+@drawing
+def test_layers_of_several_runs_are_on_one_scale(tmp_path):
+    from geowatch.utils.lightning_ext.callbacks.plasticity_report.figures import _draw_layer_curves
+    two_runs(tmp_path)
+    table = make_table(load_runs([tmp_path])[0])
+    # Dead units of act1 are 0 in both runs.
+    assert differing_layers(table, 'dead_units') == (['act2'], 2)
+    assert differing_layers(table, 'erank') == (['fc2'], 2)
+    for run in table.runs:
+        for point in run.metrics['dead_units']:
+            point.layers['act3'] = 0.5 * point.layers['act2'] if '0.1' in run.name else 0.0
+    axes = _draw_layer_curves(table, table.labels(), 'dead_units', 'step').axes
+    assert [ax.get_title('left') for ax in axes] == ['act2', 'act3', ][:len(axes)]
+    assert len({ax.get_ylim() for ax in axes}) == 1 and axes[0].get_ylim()[1] > 0.38
+
+
+def test_short_names_stay_distinct():
+    layers = [f'model.encoder.layers.{i}.{name}' for i in (0, 1, 10) for name in ('attention.output.dense', 'mlp.fc1')]
+    for most in (8, 12, 20):
+        short = short_names(layers, most)
+        assert len(set(short)) == len(layers)
+    assert short_names(layers, 30)[0] == '0.attention.output.dense'
 
 
 @drawing
@@ -383,7 +435,8 @@ def test_broken_runs_still_get_a_report(tmp_path):
     write_run(runs / 'no_epoch', [{'metric': 'erank', 'step': 3, 'value': 4}], tail='{"met')
     for name in ('*', 'one', 'zero', 'nan', 'own', 'long', 'no_epoch'):
         out = tmp_path / 'out' / name.replace('*', 'all')
-        assert PlasticityReportCLI.main(cmdline=0, runs=[str(runs / name)], out=str(out), x='epoch') == 0
+        assert PlasticityReportCLI.main(cmdline=0, runs=[str(runs / name)], out=str(out), x='epoch',
+                                        png=True) == 0
         assert {'report.html', 'panels.png'} < {path.name for path in out.iterdir()}
     assert (tmp_path / 'out' / 'own' / 'my_metric.png').exists()
 
@@ -503,194 +556,6 @@ def test_words_of_a_users_metric_come_with_its_run(tmp_path):
     findings = find(make_table([only_run(tmp_path)]))
     (sign,) = [finding for finding in findings if finding.kind == 'sign']
     assert 'mine 0.1 -> 0.6' in sign.text and sign.why == 'It should not.'
-
-
-# --- the page in a browser ------------------------------------------------
-
-
-@pytest.fixture(scope='module')
-def browser(tmp_path_factory):
-    webdriver = pytest.importorskip('selenium.webdriver', reason='selenium is not installed')
-    chromium = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
-    if chromium is None or shutil.which('chromedriver') is None:
-        pytest.skip('chromium and chromedriver are not on the PATH')
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for flag in ('headless', 'no-sandbox', 'disable-gpu', 'disable-quic', 'no-first-run', 'disable-dev-shm-usage',
-                 'disable-background-networking', 'disable-component-update', 'disable-sync',
-                 f'user-data-dir={tmp_path_factory.mktemp("profile")}'):
-        options.add_argument(f'--{flag}')
-    options.set_capability('goog:loggingPrefs', {'browser': 'ALL', 'performance': 'ALL'})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which('chromedriver')))
-    yield driver
-    driver.quit()
-
-
-@pytest.fixture(scope='module')
-def report(tmp_path_factory):
-    root = tmp_path_factory.mktemp('page')
-    # A name that is HTML must come out as text.
-    two_runs(root / 'runs', odd='<b> & "</script>'.replace('/', '\u2215'))
-    assert PlasticityReportCLI.main(cmdline=0, runs=[str(root / 'runs')], out=str(root)) == 0
-    return root / 'report.html'
-
-
-class Page:
-    """ What the tests ask of a page, in JavaScript. """
-
-    def __init__(self, driver, width):
-        self.driver = driver
-        self.width = width
-
-    def js(self, expression, *args):
-        return self.driver.execute_script(f'return ({expression})', *args)
-
-    def wait(self, condition, *args, seconds=60):
-        from selenium.webdriver.support.ui import WebDriverWait
-        return WebDriverWait(self.driver, seconds, 0.05).until(lambda _: self.js(condition, *args), condition)
-
-    def count(self, selector):
-        return self.js('document.querySelectorAll(arguments[0]).length', selector)
-
-    def text(self, selector, k=0):
-        return self.js('document.querySelectorAll(arguments[0])[arguments[1]].innerText', selector, k)
-
-    def click(self, selector, text):
-        """ As a person does it: where the button is, if nothing lies over it. """
-        button = self.js("""[...document.querySelectorAll(arguments[0])].find(e => e.innerText.startsWith(arguments[1]))
-                         """, selector, text)
-        self.driver.execute_script('arguments[0].scrollIntoView({block: "center"})', button)
-        button.click()
-
-    def move(self, x, y, *further, drag=False):
-        from selenium.webdriver.common.actions.action_builder import ActionBuilder
-        from selenium.webdriver.common.actions.mouse_button import MouseButton
-        actions = ActionBuilder(self.driver)
-        actions.pointer_action.move_to_location(round(x), round(y))
-        if drag:
-            actions.pointer_action.pointer_down(MouseButton.LEFT)
-        for place in further:
-            actions.pointer_action.move_to_location(*map(round, place))
-        if drag:
-            actions.pointer_action.pointer_up(MouseButton.LEFT)
-        actions.perform()
-
-
-@pytest.fixture(params=[1280, 390])
-def page(browser, report, request):
-    def cdp(command, **args):
-        browser.execute_cdp_cmd(command, args)
-
-    cdp('Emulation.setDeviceMetricsOverride', width=request.param, height=900, deviceScaleFactor=1, mobile=False)
-    cdp('Network.enable')
-    cdp('Network.emulateNetworkConditions', offline=True, latency=0, downloadThroughput=0, uploadThroughput=0)
-    for kind in ('browser', 'performance'):
-        browser.get_log(kind)  # what the test before has left
-    browser.get(report.as_uri())
-    page = Page(browser, request.param)
-    page.wait("document.querySelectorAll('#layers .heatmaplayer image').length === 2")
-    page.wait("document.querySelectorAll('#chart-erank .scatterlayer .trace').length > 0")
-    yield page
-    assert [entry['message'] for entry in browser.get_log('browser') if entry['level'] in ('SEVERE', 'WARNING')] == []
-    events = [json.loads(entry['message'])['message'] for entry in browser.get_log('performance')]
-    asked = [event['params']['request']['url'] for event in events if event['method'] == 'Network.requestWillBeSent']
-    assert [url for url in asked if not url.startswith(('data:', 'blob:'))] == [report.as_uri()]
-
-
-def curves(page, name='erank'):
-    return page.count(f'#chart-{name} .scatterlayer .trace')
-
-
-def point_on_screen(page, name, run, k):
-    return page.js("""(([name, run, k]) => {
-        const div = document.getElementById('chart-' + name);
-        div.scrollIntoView({block: 'center'});
-        const layout = div._fullLayout, trace = div.data.filter(trace => !trace.yaxis || trace.yaxis === 'y')[run];
-        const box = div.querySelector('.main-svg').getBoundingClientRect();
-        return [box.left + layout.xaxis._offset + layout.xaxis.d2p(trace.x[k]),
-                box.top + layout.yaxis._offset + layout.yaxis.d2p(trace.y[k])];
-    })(arguments[0])""", [name, run, k])
-
-
-@drawing
-def test_page_fits_its_width(page):
-    assert page.js('window.innerWidth') == page.width
-    assert page.js('document.documentElement.scrollWidth') <= page.width
-    small = page.js("""[...document.querySelectorAll('body *')].filter(e => e.checkVisibility()
-        && e.textContent.trim() && !e.children.length && e.tagName !== 'SCRIPT'
-        && parseFloat(getComputedStyle(e).fontSize) < 11).map(e => e.outerHTML)""")
-    assert small == []
-    for selector in ('.findings p', 'tbody th', '#runs button', '#chart-erank', '#layers .layer-map'):
-        left, right = page.js("""(box => [box.left, box.right])(
-            document.querySelector(arguments[0]).getBoundingClientRect())""", selector)
-        assert 0 <= left < right <= page.width, selector
-
-
-@drawing
-def test_page_says_what_the_numbers_say(page):
-    text = page.text('body')
-    assert 'dead units 1 % \u2192 19 %' in text
-    assert 'correlates' in text
-    assert 'lr0.1<b> & "' in text
-    row = page.text('tbody tr', 1)
-    assert '59 \u2192 24' in row and 'falls' in row
-
-
-@drawing
-def test_hover_tells_the_value(page):
-    x, y = point_on_screen(page, 'erank', 1, 4)
-    page.move(x - 3, y, (x, y))
-    page.wait("document.querySelector('#chart-erank .hoverlayer .hovertext') !== null")
-    text = page.js("document.querySelector('#chart-erank .hoverlayer').textContent")
-    # Run lr0.1 at step 49: 59 - 35 * 4 / 9
-    assert '43.44' in text and 'step 49' in text and 'epoch 5' in text
-
-
-@drawing
-def test_a_run_can_be_switched_off_and_on(page):
-    before = curves(page)
-    assert page.count('#layers .layer-map') == 2
-    page.click('#runs button', 'lr0.1<')
-    page.wait("document.querySelectorAll('#layers .layer-map').length === 1")
-    assert 0 < curves(page) < before
-    left = page.js("[...document.getElementById('chart-erank').data].filter(t => t.visible).map(t => t.name)")
-    assert left and all(name.startswith('lr0.01') for name in left)
-    pressed = "document.querySelectorAll('#runs button')[1].getAttribute('aria-pressed')"
-    assert page.js(pressed) == 'false'
-    page.click('#runs button', 'lr0.1<')
-    page.wait("document.querySelectorAll('#layers .layer-map').length === 2")
-    assert curves(page) == before
-    assert page.js(pressed) == 'true'
-
-
-@drawing
-def test_axis_and_heatmap_switches(page):
-    page.click('#axis button', 'by epoch')
-    page.wait("document.getElementById('chart-erank').data[0].x[0] === 1")
-    assert page.js("document.getElementById('chart-erank').data[0].x.at(-1)") == 10
-    page.click('#metric button', 'Effective rank of weights')
-    page.wait("document.querySelectorAll('#layers .layer-map .ytick text').length === 4")
-    heat = page.js("document.querySelectorAll('#layers .layer-map')[1].data[0].z")
-    assert heat[0] == [0] * 10
-    assert heat[1][-1] == pytest.approx(math.log2(5.5 / 58), rel=1e-4)
-    ticks = page.js("""[...document.querySelectorAll('#layers .layer-map')[1].querySelectorAll('.ytick text')]
-                    .map(e => e.textContent)""")
-    assert [re.sub(r'\s', '', tick) for tick in ticks] == ['fc1', 'fc2']
-
-
-@drawing
-def test_zoom(page):
-    if page.width < 760:
-        # A finger on a picture scrolls the page there.
-        assert page.js("document.getElementById('chart-erank')._fullLayout.dragmode") is False
-        return
-    x, y = point_on_screen(page, 'erank', 1, 2)
-    x_range = "document.getElementById('chart-erank')._fullLayout.xaxis.range"
-    before = page.js(x_range)
-    page.move(x, y, (x + 50, y + 20), (x + 100, y + 40), (x + 150, y + 60), drag=True)
-    page.wait(f'{x_range}[0] > arguments[0]', before[0] + 1)
-    after = page.js(x_range)
-    assert before[0] < after[0] < after[1] < before[1]
 
 
 def test_a_run_that_goes_up_and_down_is_not_called_calm(tmp_path):

@@ -11,15 +11,14 @@ from test_report import line, only_run, said, write_run
 
 from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import METRICS
 from geowatch.utils.lightning_ext.callbacks.plasticity_report import PlasticityReportCLI
-from geowatch.utils.lightning_ext.callbacks.plasticity_report.figures import change_of
+from geowatch.utils.lightning_ext.callbacks.plasticity_report.curves import change_of
 from geowatch.utils.lightning_ext.callbacks.plasticity_report.findings import make_table, to_records
 from geowatch.utils.lightning_ext.callbacks.plasticity_report.runs import load_runs
 from geowatch.utils.lightning_ext.callbacks.plasticity_report.scalars import load_scalars
 from geowatch.utils.lightning_ext.callbacks.plasticity_report.settings import MOST_COLUMNS, read_settings
 
-drawing = pytest.mark.skipif(
-    not all(map(importlib.util.find_spec, ('matplotlib', 'plotly'))),
-    reason='matplotlib and plotly, the extra `report`, are not installed')
+drawing = pytest.mark.skipif(importlib.util.find_spec('matplotlib') is None,
+                             reason='matplotlib, the extra `report`, is not installed')
 GOOD = [line('erank', step, 60. - step, {'fc1': 50., 'fc2': 70. - step}) for step in (9, 19)]
 TOO_LARGE = '1' + 400 * '0'
 
@@ -57,22 +56,26 @@ def test_ratios_beyond_what_floats_hold():
 @drawing
 def test_names_that_look_like_something_else(tmp_path, capsys):
     """ A formula of matplotlib, a place in the page, a file of ours, several lines, half a character, no end. """
-    names = [r'a$\frac$ {{plotly}}', 'panels', 'two\nlines\x1b[31m \ud800' + 'm' * 3000]
+    names = [r'a$\frac$ {{data}}', 'panels', 'two\nlines\x1b[31m \ud800' + 'm' * 3000]
     lines = [*GOOD, *(line(name, 9, 1., {f'{name}.{i}': 10. ** -300 * i for i in range(2)}) for name in names)]
     lines += [line('huge', 9, 1e308)]
     write_run(tmp_path / 'runs' / 'e$f$g^', lines, lr='"$x^$"')
-    write_run(tmp_path / 'runs' / 'b', GOOD, lr='x' * 10000)
+    write_run(tmp_path / 'runs' / 'b', GOOD[:1], lr='x' * 10000)
     loss = write_run(tmp_path / 'runs' / 'c', GOOD, **{'$': 1}) / 'metrics.csv'
     loss.write_text('step,lo$s$^\n9,1\n')
     assert PlasticityReportCLI.main(
-        cmdline=0, runs=[str(tmp_path / 'runs')], out=str(tmp_path / 'out'), under='lo$s$^') == 0
+        cmdline=0, runs=[str(tmp_path / 'runs')], out=str(tmp_path / 'out'), under='lo$s$^', png=True) == 0
     files = {path.name for path in (tmp_path / 'out').iterdir()}
-    assert {'a_frac_plotly_.png', 'panels.png', 'panels_.png', 'layers-erank-e_f_g_.png'} <= files
+    assert {'a_frac_data_.png', 'panels.png', 'panels_.png', 'layers-erank.png'} <= files
     (left_out,) = [row for row in capsys.readouterr().out.splitlines() if 'could not be drawn' in row]
+    # The layers of a single run are another picture.
+    assert PlasticityReportCLI.main(cmdline=0, runs=[str(tmp_path / 'runs' / 'e$f$g^')], out=str(tmp_path / 'one'),
+                                    png=True) == 0
+    assert {'layers-a_frac_data_.png', 'layers-panels.png'} <= {path.name for path in (tmp_path / 'one').iterdir()}
     assert left_out.startswith('- huge.png ')  # on an axis that matplotlib cannot divide
     text = (tmp_path / 'out' / 'report.html').read_text()
-    assert len(text) < 6_000_000  # plotly once
-    assert '{{plotly}}' in text and text.count('<script>') == 2 and 'two lines' in text
+    assert len(text) < 200_000  # the data once
+    assert '{{data}}' in text and text.count('<script>') == 1 and 'two lines' in text
     data = json.loads(text.partition('id="data">')[2].partition('</script>')[0])
     assert names[0] in {chart['name'] for chart in data['charts']}
 

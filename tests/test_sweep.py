@@ -34,7 +34,6 @@ def test_prints_a_command_for_each_pair(tmp_path):
 @pytest.mark.slow
 def test_trains_reports_and_goes_on(tmp_path):
     pytest.importorskip('geowatch.tasks.fusion', reason='geowatch is not installed')
-    pytest.importorskip('plotly', reason='the report needs plotly')
     args = [f'--out={tmp_path}', '--batch_sizes=2', '--fit_args=--plasticity_metrics=weight_mag@1 '
             '--data.max_epoch_length=4 --trainer.max_epochs=1 --trainer.limit_val_batches=1']
     run = sweep(*args, '--lrs=0.001')

@@ -95,9 +95,9 @@ def test_rows_are_spread_evenly(positions, examples, batches, calls):
     take, site = window._makers[0], Site('act', 'relu', units=units)
     flush = take._flush
 
-    def keep(key):
-        seen.extend(x.tolist() for x in take._waiting[key][1])
-        flush(key)
+    def keep(own, key):
+        seen.extend(x.tolist() for x in take._waiting[key])
+        flush(own, key)
     take._flush = keep
     for batch in range(batches):
         window.begin_batch(torch.zeros(examples, 1), batches - batch)

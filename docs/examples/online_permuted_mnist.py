@@ -41,7 +41,7 @@ from torch.utils.data import DataLoader
 # Where the whole of geowatch is installed too, it would ask for GDAL.
 os.environ.setdefault('GEOWATCH_PREIMPORT', '0')
 
-REPORT = 'GEOWATCH_PREIMPORT=0 python -m geowatch.utils.lightning_ext.callbacks.plasticity_report'
+REPORT = 'GEOWATCH_PREIMPORT=0 python -m geowatch.cli.plasticity_report'
 SIDE = 28
 MEASURED = 2000  # images of a task that is not trained on yet
 

@@ -88,7 +88,7 @@ class SweepCLI(scfg.DataConfig):
             succeeded = [run_once(folder, command) for folder, command in commands.items()]
         else:
             print('\n'.join(map(shlex.join, commands.values())))
-        report = ['-m', 'geowatch.utils.lightning_ext.callbacks.plasticity_report',
+        report = ['-m', 'geowatch.cli.plasticity_report',
                   *map(str, map(newest_log, commands)), f'--out={out / "report"}', '--x=epoch']
         print(shlex.join(['GEOWATCH_PREIMPORT=0', 'python', *report]), flush=True)
         if not config.run:

@@ -209,6 +209,9 @@ class PlasticityMonitor(*_BASES):
     def on_train_epoch_end(self, trainer, pl_module):
         self._hand_over(Fit.conclude, pl_module)
 
+    def on_train_end(self, trainer, pl_module):
+        self._hand_over(Fit.conclude_all, pl_module)
+
     def on_validation_start(self, trainer, pl_module):
         self._hand_over(Fit.begin_validation)
 

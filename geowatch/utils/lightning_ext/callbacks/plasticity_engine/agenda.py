@@ -80,6 +80,12 @@ class Agenda:
             schedule = self.schedules[name]
             self.schedules[name] = Schedule(schedule.interval, early=True)
 
+    def wait_no_longer(self, names):
+        """ Metrics may be measured again, since this is the last chance. """
+        for name in names:
+            if name in self.schedules:
+                self.schedules[name].not_before = 0
+
     def drop(self, name):
         """ Forget a metric. """
         self.schedules.pop(name, None)

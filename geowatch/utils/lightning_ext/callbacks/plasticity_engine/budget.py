@@ -22,6 +22,7 @@ class Budget:
 
     Args:
         budget (str | float): share of the training time, such as '2%' or 0.02
+        free (float): seconds beside it that the metrics may cost together
 
     Attributes:
         share (float): between 0 and 1
@@ -41,8 +42,9 @@ class Budget:
         (0.0195, {'erank': 8})
     """
 
-    def __init__(self, budget):
+    def __init__(self, budget, free=0.):
         self.share = _share(budget)
+        self._free = free
         self._started = time.perf_counter()
         self._spent = {}
         self._counts = {}
@@ -106,10 +108,11 @@ class Budget:
         pace = max(seconds - total, 1e-9) / max(steps, 1)
         costs = {name: spent.get(name, 0.) / count for name, count in numbers['counts'].items() if name in asked}
         parts = fair_parts(self.share, {name: cost / (asked[name] * pace) for name, cost in costs.items()})
+        free = self._free / max(len(costs), 1)
         # A part may be too small to divide by: then it is never.
-        waits = {name: ((spent.get(name, 0.) + cost) / max(parts[name], 1e-200) - seconds) / pace
+        waits = {name: ((spent.get(name, 0.) + cost - free) / max(parts[name], 1e-200) - seconds) / pace
                  for name, cost in costs.items()}
-        return total / seconds, {name: math.ceil(min(max(wait, 1), 1e15)) for name, wait in waits.items()}
+        return total / seconds, {name: math.ceil(min(max(wait, 0), 1e15)) for name, wait in waits.items()}
 
 
 def fair_parts(budget, needs):

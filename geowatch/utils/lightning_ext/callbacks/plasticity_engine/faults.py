@@ -2,9 +2,30 @@
 What fails is a fault of ours: it costs the metrics that need it, with one traceback, and not the run.
 """
 import contextlib
+import os
 import traceback
 
 from .say import say
+
+
+def in_short(ex: Exception) -> str:
+    """
+    What has failed, where it is not worth a traceback.
+
+    Args:
+        ex (Exception): that was raised
+
+    Returns:
+        str:
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.faults import in_short
+        >>> in_short(RuntimeError('no such kernel'))
+        'RuntimeError: no such kernel'
+    """
+    frames = traceback.extract_tb(ex.__traceback__)[-1:]
+    place = ''.join(f' in {os.path.basename(frame.filename)}:{frame.lineno}' for frame in frames)
+    return f'{type(ex).__name__}{place}: {str(ex).strip().partition(chr(10))[0][:200]}'
 
 
 class Faults:

@@ -23,21 +23,22 @@ from .lightning import (
     begins_anew,
     choose_source,
     has_stepped,
+    is_last_epoch,
     is_last_step,
     is_last_validation,
     is_over,
     may_be_last,
     resolve,
-    scale_of,
     step_of,
     steps_until_an_end,
     timers_of,
+    unscales_itself,
     validates_by_time,
     validates_in_step,
     watched_by,
 )
 from .lines import FILE_NAME
-from .measurement import Reading, additive_keys, needing
+from .measurement import Reading, additive_keys, needing, takes_turns
 from .memory import Memory
 from .message import describe, grouped, why_missing
 from .places import new_run, open_lines
@@ -47,9 +48,13 @@ from .say import say, warn
 from .sinks import Sinks
 from .sources.activations.looks import Looks, layer_paths
 from .sources.activations.modules import FUSED_FUNCTIONS
+from .sources.flat import stepped_by
 from .sources.weights import Trained, parameters_of, wanted, weights_of
 from .steps import Steps
 from .verdict import Curves, words_on
+
+# What the user has not set an interval for and is expensive may cost 1 % of the time beyond its first 5 seconds.
+_THRIFT = '1%', 5.
 
 
 class Fit:
@@ -65,6 +70,7 @@ class Fit:
 
     Attributes:
         metrics (Dict[str, Metric]): those that are measured still
+        limited (Set[str]): those of them that wait where they would be too expensive
         source (str | None): 'train' or 'validation', where activations are seen
         run (str): which its lines are of
         moment (Moment): of the step that goes on
@@ -76,6 +82,8 @@ class Fit:
         self.settings = settings
         self.trainer = trainer
         self.metrics = {name: METRICS[name] for name in settings.intervals}
+        self.limited = {name for name, interval in settings.intervals.items() if settings.budget is not None
+                        or interval == 'auto' and takes_turns(METRICS[name])}
         self.source = None
         self.run = run
         self.moment = Moment(-1, None, False)
@@ -87,7 +95,7 @@ class Fit:
         self.curves = Curves(trainer)
         self.sinks = Sinks(trainer, list(self.metrics), settings.per_layer, settings.prog_bar, beside, not nth,
                            [('The warnings', Alarms(trainer).look), ('The verdict', self.curves.add)])
-        self.budget = None if settings.budget is None else Budget(settings.budget)
+        self.budget = Budget(*_THRIFT) if settings.budget is None else Budget(settings.budget)
         self.faults = Faults(self.processes.rank, self.budget)
         self.looks = Looks(settings.samples, self.processes.count, self._wants, self.faults, self._needing,
                            self._names)
@@ -133,6 +141,8 @@ class Fit:
                              self._of_activations() if self.source == 'train' else (), self.processes.count)
         self.publisher = Publisher(self)
         self._watched = watched_by(trainer.callbacks) & set(self.metrics)
+        if settings.budget is None:
+            self.limited -= self._watched
         # Processes have clocks of their own.
         self._timers = timers_of(trainer) if self.processes.count == 1 else []
         self._restore()
@@ -158,8 +168,7 @@ class Fit:
         self._is_new = begins_anew(trainer)
         if self.run is None or self._is_new:
             self.run = new_run()
-        covered = {id(param) for optimizer in trainer.optimizers for group in optimizer.param_groups
-                   for param in group['params']}
+        covered = {id(param) for optimizer in trainer.optimizers for param in stepped_by(optimizer)}
         self._scales = getattr(trainer.precision_plugin, 'scaler', None) is not None
         self._told = covered if module.automatic_optimization else set()
         if all(id(param) in self._told for weight in weights_of(module).values() for param in parameters_of(weight)):
@@ -188,8 +197,8 @@ class Fit:
     def start_training(self, module):
         """ Measure the weights before the first step. """
         self.open(module)
-        if self.budget is not None:
-            self.budget.start(self.trainer.strategy.root_device)
+        # To wait for a device is only worth it for who asks for a share.
+        self.budget.start(None if self.settings.budget is None else self.trainer.strategy.root_device)
         self.sinks.show()
         self.steps.begin_training(self._walk(module), self._is_new, self._restored.get('sources'))
         if self._is_new:
@@ -212,6 +221,8 @@ class Fit:
         self.moment = moment = Moment(step, epoch, is_last_step(trainer, module))
         if self.first_step is None:
             self._begin_first_step(step)
+        if is_last_epoch(trainer):
+            self._wait_no_longer()
         self.agenda.begin(moment)
         of_steps = [name for name, metric in self.metrics.items() if not metric.sees_activations]
         if validates_in_step(trainer):
@@ -228,6 +239,11 @@ class Fit:
         if self.source == 'train':
             self._open_windows(self.agenda.due(step, self._of_activations()), moment)
             self._look(module, batch, batches_left(trainer))
+
+    def _wait_no_longer(self):
+        """ The end is measured whatever it costs, unless the user has set a budget. """
+        if self.settings.budget is None:
+            self.agenda.wait_no_longer(self.limited)
 
     def _begin_first_step(self, step):
         self.first_step = step
@@ -251,7 +267,7 @@ class Fit:
 
     def before_step(self, module, optimizer):
         """ Let sources see the gradients, and the weights before an optimizer steps. """
-        self.last.before_step(optimizer, self._scales and scale_of(self.trainer, optimizer) != 1)
+        self.last.before_step(optimizer, self._scales and unscales_itself(optimizer))
         # Of manual optimization torch tells, also of optimizers that Lightning does not know.
         if self._is_awake and (self._handle is None or module.automatic_optimization
                                or not isinstance(optimizer, torch.optim.Optimizer)):
@@ -286,7 +302,8 @@ class Fit:
             readings += [replace(reading, metrics=names) for reading in found if names]
             for reading in found:
                 if self._held:
-                    self.last.hold('step', replace(reading, metrics=self._held))
+                    self.last.hold('step', reading.settled({name: self.metrics[name] for name in self._held
+                                                            if name in self.metrics}))
         self.publisher.publish(readings, asks=stepped and self.agenda.asks_the_time(step))
         if stepped:
             self._wake = self._next_step(module)
@@ -321,6 +338,11 @@ class Fit:
             readings += self._left_readings(module, left, moment)
         self.publisher.publish(readings)
 
+    def conclude_all(self, module):
+        """ The same where training is over, for what has waited, too. """
+        self._wait_no_longer()
+        self.conclude(module)
+
     def _left_readings(self, module, names, moment):
         """ What is there of a step when it is over: weights, and gradients unless somebody has changed them. """
         self.steps.open(names, moment.step)
@@ -346,6 +368,8 @@ class Fit:
             if self._is_new:
                 self._open_start()
             return
+        if is_last_epoch(self.trainer):
+            self._wait_no_longer()
         names, moment = self._of_activations(), self._validated()
         if moment.step != self._validated_step:
             self._validated_step = moment.step
@@ -355,7 +379,7 @@ class Fit:
         due = self.agenda.missing(moment, names) if is_last else self.agenda.due(moment.step, names)
         self._open_windows(due, moment)
         held = self.agenda.missing(moment, names)
-        self.looks.open(held, self._fields(held, 'activations'))
+        self.looks.open(held, self._fields(held, 'activations'), takes=self.publisher.choose_sites(held))
         self._held_window = self.looks.windows[-1] if held else None
 
     def _validated(self):
@@ -408,7 +432,7 @@ class Fit:
         if self._is_open and self.processes.count == 1:
             self._restored = self.state_dict()  # a run that goes on from here measures it where it ends
             with self.faults.guard(list(self.metrics)):
-                self.conclude(module)
+                self.conclude_all(module)
         self.interrupt()
 
     def interrupt(self):
@@ -483,10 +507,14 @@ class Fit:
         if self.first_step is None or step < self.first_step:
             self._drop_lines_after_checkpoint(lambda row: row['step'] == step and row['metric'] in metrics)
 
+    def unsaid(self):
+        """ Modules in which activations ran that could not be seen, and why (Dict[str, str]). """
+        return {path: why for path, why in self.looks.unseen.items()
+                if path not in self._said and why not in FUSED_FUNCTIONS}  # those are named at the start
+
     def say_unseen(self):
         """ Name the modules in which activations ran that could not be seen, each once. """
-        reasons = {path: why for path, why in self.looks.unseen.items()
-                   if path not in self._said and why not in FUSED_FUNCTIONS}  # those are named at the start
+        reasons = self.unsaid()
         self._said.update(reasons)
         if reasons and self.trainer.is_global_zero:
             say(f'PlasticityMonitor: not seen: {"; ".join(grouped(reasons))}')
@@ -504,12 +532,12 @@ class Fit:
     def _open_windows(self, due, moment):
         open_already = {name for window in self.looks.windows if not window.start for name in window.metrics}
         due = [name for name in due if name not in open_already]
-        self.looks.open(due, self._fields(due, 'activations'))
+        self.looks.open(due, self._fields(due, 'activations'), takes=self.publisher.choose_sites(due))
         self.agenda.done(due, moment)
 
     def _open_start(self):
         names = self._at_start(['activations'])
-        self.looks.open(names, self._fields(names, 'activations'), start=True)
+        self.looks.open(names, self._fields(names, 'activations'), start=True, takes=self.publisher.choose_sites(names))
 
     def _fields(self, names, source):
         keys = additive_keys(self.metrics[name] for name in names)

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import torch
 
+from .statistics.sums import double
+
 
 class Moment(NamedTuple):
     """
@@ -88,6 +90,14 @@ def validates_in_step(trainer) -> bool:
     """ Whether validation follows a batch of this step. """
     return batches_until_validation(trainer) < trainer.accumulate_grad_batches - (
         batch_of(trainer) % trainer.accumulate_grad_batches)
+
+
+def is_last_epoch(trainer) -> bool:
+    """ Whether the limits of a run let no other epoch follow, as far as that is known as one begins. """
+    if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= trainer.current_epoch + 1:
+        return True
+    steps = trainer.num_training_batches / trainer.accumulate_grad_batches
+    return 0 < trainer.max_steps <= trainer.global_step + steps
 
 
 def may_be_last(trainer, pl_module) -> bool:
@@ -241,12 +251,19 @@ def validates_by_time(trainer) -> bool:
             and trainer.fit_loop.epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher))
 
 
-def scale_of(trainer, optimizer):
-    """ What the gradients are multiplied by now. A fused optimizer unscales by itself, later. """
+def unscales_itself(optimizer) -> bool:
+    """ Whether an optimizer takes gradients as a GradScaler has scaled them, as fused ones do. """
+    return getattr(optimizer, '_step_supports_amp_scaling', False)
+
+
+def scale_of(trainer, optimizer) -> float | torch.Tensor:
+    """ What gradients are multiplied by as an optimizer begins to step; a Tensor where only the device knows. """
     scaler = scaler_of(trainer)
-    if scaler is not None and getattr(optimizer, '_step_supports_amp_scaling', False):
-        return scaler.get_scale()
-    return 1.
+    if scaler is None or not unscales_itself(optimizer):
+        return float(getattr(optimizer, 'loss_scale', 1.))  # that of DeepSpeed, which unscales as it steps
+    # A private name, since the public one waits for the device.
+    scale = getattr(scaler, '_scale', None)
+    return scaler.get_scale() if scale is None else double(scale)
 
 
 def scaler_of(trainer):

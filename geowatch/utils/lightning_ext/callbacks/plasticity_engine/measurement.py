@@ -16,12 +16,14 @@ from .lightning import Moment
 from .sources.activations.sites import Site, site_names
 from .statistics import Totals
 from .statistics.noise import noise_of
-from .statistics.spectrum import centred, spectra
+from .statistics.spectrum import centred, made, singular_values, spectra
 
 Key = tuple[str, str]  # source and field
 Numbers = dict[Key, dict[str, np.ndarray | float]]  # Totals on the host, by the names of layers
 # What tells the share of numbers that are not finite, by source.
 _OF_SHARE = {'activations': ('nonfinite', 'samples', 'units')}
+# Fields that are made of Gram matrices.
+SPECTRA = ('spectrum', 'centred_spectrum')
 
 
 @dataclasses.dataclass
@@ -52,6 +54,13 @@ class Reading:
     def has(self, metric: Metric) -> bool:
         """ Whether this process has seen anything of all that a Metric needs now. """
         return all(self.whole.get(key) or self.parts.get(key) for key in additive_keys([metric], support=False))
+
+    def settled(self, metrics: dict[str, Metric]) -> 'Reading':
+        """ The same for some metrics, by name, of nothing that may change: what is yet to be made is made now. """
+        keys = additive_keys(metrics.values())
+        whole, parts = ({key: {layer: made(x) for layer, x in own[key].items()} for key in keys if key in own}
+                        for own in (self.whole, self.parts))
+        return dataclasses.replace(self, metrics=list(metrics), whole=whole, parts=parts)
 
 
 def additive_keys(metrics: Iterable[Metric], support: bool = True) -> list[Key]:
@@ -138,7 +147,8 @@ def derive(totals: Totals, keys: list[Key], guard: Callable) -> Totals:
                 own = {site: float(site.units) for site in names}
             elif field == 'spectrum':
                 grams = totals.get((source, 'gram'), {})
-                own = dict(zip(grams, spectra(list(grams.values())), strict=True))
+                ready = totals.get((source, field), {})
+                own = {**ready, **dict(zip(grams, spectra(list(grams.values())), strict=True))}
             elif field == 'centred_spectrum':
                 grams, sums, rows = (totals.get((source, part), {}) for part in additive_fields(field))
                 own = dict(zip(grams, spectra([centred(grams[x], sums[x], rows[x]) for x in grams]), strict=True))
@@ -150,6 +160,29 @@ def derive(totals: Totals, keys: list[Key], guard: Callable) -> Totals:
                 own = totals.get((source, field), {})
             tables[source, field] = {names.get(site, site): x for site, x in own.items()}
     return tables
+
+
+def spectrum_of(source: str, field: str, total: torch.Tensor) -> tuple[str, torch.Tensor]:
+    """
+    What is kept of a sum over all processes: of the Gram matrix of a weight, which may be large, its singular values.
+
+    Args:
+        source (str): a key of SOURCES
+        field (str): an additive one
+        total (Tensor):
+
+    Returns:
+        Tuple[str, Tensor]: field and what is kept
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.measurement import spectrum_of
+        >>> import torch
+        >>> field, values = spectrum_of('weights', 'gram', torch.diag(torch.tensor([4., 9.])).double())
+        >>> field, values.tolist()
+        ('spectrum', [2.0, 3.0])
+    """
+    # That of activations may be needed as it is, to be centred.
+    return (field, total) if field != 'gram' or source == 'activations' else ('spectrum', singular_values(total))
 
 
 def to_host(tables: list[Totals]) -> list[Numbers]:
@@ -186,8 +219,13 @@ def to_host(tables: list[Totals]) -> list[Numbers]:
     return [{key: {layer: of(x) for layer, x in own.items()} for key, own in table.items()} for table in tables]
 
 
-def evaluate(metric: Metric, numbers: Numbers, before: Numbers | None = None,
-             recent: Numbers | None = None) -> tuple[dict, dict]:
+def takes_turns(metric: Metric) -> bool:
+    """ Whether a metric needs singular values, which are so expensive that layers may take turns. """
+    return any(need.field in SPECTRA for need in metric.needs)
+
+
+def evaluate(metric: Metric, numbers: Numbers, before: Numbers | None = None, recent: Numbers | None = None,
+             earlier: dict | None = None) -> tuple[dict, dict]:
     """
     The values of one metric.
 
@@ -200,6 +238,8 @@ def evaluate(metric: Metric, numbers: Numbers, before: Numbers | None = None,
         numbers (Dict[Tuple[str, str], Dict[str, ndarray | float]]): of all layers, by source and field
         before (Dict[Tuple[str, str], Dict[str, ndarray | float]] | None): the same at the last measurement
         recent (Dict[Tuple[str, str], Dict[str, ndarray | float]] | None): sums over the last ones, this one included
+        earlier (Dict[str, Dict[str, float]] | None): the columns of layers at their last turn, which stand where it
+            is not theirs
 
     Returns:
         Tuple[Dict[str, float], Dict[str, Dict[str, float]]]: the columns of
@@ -222,7 +262,7 @@ def evaluate(metric: Metric, numbers: Numbers, before: Numbers | None = None,
     skipped = [numbers.get((source, LEFT_OUT.get(source)), {}) for source in metric.sources]
     names = [name for name in tables[0] if all(name in table for table in known)
              and not any(table.get(name) for table in skipped)]
-    layers, finite = {}, []
+    layers, finite = dict(_waiting(metric, numbers, names, earlier or {})), []
     with np.errstate(all='ignore'):
         for name in names:
             columns = _checked(metric, metric.formula(*(table[name] for table in tables)))
@@ -243,10 +283,19 @@ def evaluate(metric: Metric, numbers: Numbers, before: Numbers | None = None,
                 return {'value': math.nan}, layers
             sums = [sum(table[name] for name in finite) for table in tables]
             return _checked(metric, metric.formula(*sums)), layers
+    finite += [name for name in layers if name not in names and not layers[name].get('nonfinite')]
     weights = {name: layers[name].get('units', 1.) for name in finite if math.isfinite(layers[name]['value'])}
     total = sum(weights.values())
     mean = sum(layers[name]['value'] * weight for name, weight in weights.items()) / total if total else math.nan
     return {'value': mean}, layers
+
+
+def _waiting(metric, numbers, names, earlier):
+    """ What stands of layers that were seen but have no spectrum now. """
+    for name, columns in earlier.items():
+        seen = all(name in numbers.get((source, 'nonfinite'), {}) for source in metric.sources)
+        if seen and name not in names and numbers.get(('activations', 'samples'), {}).get(name, 1.):
+            yield name, columns
 
 
 def _nonfinite_share(numbers, source, name):

@@ -1,6 +1,9 @@
 """
 What is remembered of each metric from one measurement to the next, in checkpoints: a metric has no state.
 """
+import math
+from collections.abc import Iterable
+
 import numpy as np
 
 from ..plasticity_metrics import Metric
@@ -19,6 +22,8 @@ class Memory:
 
     Attributes:
         before (Dict[str, Numbers]): by metric, the statistics at its last measurement
+        latest (Dict[str, Dict[str, Tuple[int, Dict[str, float]]]]): by metric and layer, the step of its last
+            measurement and what came of it; of metrics whose layers may take turns
         skipped (Dict[str, int]): by metric, measurements that fell on a step which a GradScaler has skipped
 
     Example:
@@ -34,19 +39,23 @@ class Memory:
     """
 
     def __init__(self, saved=None):
-        self.before, self.skipped = {}, {}
+        self.before, self.latest, self.skipped = {}, {}, {}
         self._counts = {}  # metric to measurements in its newer block
         self._blocks = {}  # metric to its older and its newer block
         for name, own in saved.items() if isinstance(saved, dict) else ():
             try:
                 before, blocks = (_read(own['before']), [_read(block) for block in own['recent']])
                 count, skipped = int(own['count']), int(own['skipped'])
+                latest = {layer: (int(step), {key: float(x) for key, x in columns.items()})
+                          for layer, (step, columns) in own.get('latest', {}).items()}
             except Exception:  # also where it is nested too deep
                 continue
             if before:
                 self.before[name] = before
             if len(blocks) == 2:
                 self._blocks[name], self._counts[name] = blocks, count
+            if latest:
+                self.latest[name] = latest
             if skipped > 0:
                 self.skipped[name] = skipped
 
@@ -87,12 +96,26 @@ class Memory:
         if keys:
             self.before[metric.name] = {key: numbers.get(key, {}) for key in keys}
 
+    def note(self, metric: Metric, step: int, layers: dict[str, dict[str, float]]):
+        """ Note what was measured of some layers, whose columns stand until their next turn. """
+        self.latest.setdefault(metric.name, {}).update({layer: (step, columns) for layer, columns in layers.items()})
+
+    def earlier(self, metric: Metric) -> dict[str, dict[str, float]]:
+        """ The columns of each layer at its last measurement. """
+        return {layer: columns for layer, (_, columns) in self.latest.get(metric.name, {}).items()}
+
+    def last_step(self, metrics: Iterable[Metric], layer: str) -> float:
+        """ The step at which all of some metrics have measured a layer. """
+        return min((self.latest.get(metric.name, {}).get(layer, (-math.inf,))[0] for metric in metrics),
+                   default=-math.inf)
+
     def state_dict(self) -> dict:
         """ The same as plain values, for a checkpoint. """
         return {name: {'before': _plain(self.before.get(name, {})),
                        'recent': [_plain(block) for block in self._blocks.get(name, ())],
-                       'count': self._counts.get(name, 0), 'skipped': self.skipped.get(name, 0)}
-                for name in {**self.before, **self._blocks, **self.skipped}}
+                       'count': self._counts.get(name, 0), 'skipped': self.skipped.get(name, 0),
+                       'latest': {layer: list(own) for layer, own in self.latest.get(name, {}).items()}}
+                for name in {**self.before, **self._blocks, **self.latest, **self.skipped}}
 
 
 def _plain(tables):

@@ -21,7 +21,9 @@ class Notes:
 
     def before_step(self, optimizer):
         """ An optimizer is about to step; a scheduler may change its rates before the batch ends. """
-        self._rates[id(optimizer)] = [group['lr'] for group in optimizer.param_groups if 'lr' in group]
+        # A rate can be a tensor, which the scheduler changes in place.
+        self._rates[id(optimizer)] = [rate.clone() if hasattr(rate, 'clone') else rate for rate in (
+            group['lr'] for group in optimizer.param_groups if 'lr' in group)]
 
     def take(self):
         """
@@ -29,6 +31,5 @@ class Notes:
             Dict[str, Any]: keys of NOTES to plain data, of the step that ends
         """
         rates, self._rates = self._rates, {}
-        # A rate can be a tensor.
         found = {'lr': [float(rate) for own in rates.values() for rate in own]}
         return {key: x for key, x in found.items() if x}

@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from .sources.activations.sites import Site
 from .statistics import Totals
+from .statistics.spectrum import made
 
 # Bytes of a message in one round; only one with more than about a thousand sites needs another.
 _MESSAGE = 1 << 14
@@ -86,8 +87,8 @@ class Processes:
             if start + _MESSAGE >= max(ends):
                 return [json.loads(zlib.decompress(x[8:end])) for x, end in zip(found, ends, strict=True)]
 
-    def add_up(self, totals: list[Totals], layouts: list[list],
-               on_error: Callable | None = None) -> tuple[list[Totals], set[tuple[str, str]]]:
+    def add_up(self, totals: list[Totals], layouts: list[list], on_error: Callable | None = None,
+               whole: Callable | None = None) -> tuple[list[Totals], set[tuple[str, str]]]:
         """
         Sum statistics over all processes. All of them have to call it.
 
@@ -97,6 +98,8 @@ class Processes:
             on_error (Callable | None): called with source and field, inside
                 an except block, where one cannot be added on this process;
                 by default the error is raised
+            whole (Callable | None): called with source, field and sum as soon
+                as it is whole; gives the field and what is kept of it
 
         Returns:
             Tuple[List[Totals], Set[Tuple[str, str]]]: the sums, of what any
@@ -114,7 +117,7 @@ class Processes:
         if not union:
             return sums, set()
         pairs = list(dict.fromkeys((source, field) for _, source, field, _ in union))
-        addends = [_Addend(totals[index].get((source, field), {}).get(key), shape)
+        addends = [_Addend(totals[index].get((source, field), {}).get(key), shape, source, field, whole)
                    for (index, source, field, key), shape in union.items()]
         owners = [pairs.index((source, field)) for _, source, field, _ in union]
         failed, flags = torch.zeros(len(pairs), dtype=torch.float64), torch.zeros(len(pairs), dtype=torch.float64)
@@ -144,23 +147,32 @@ class Processes:
         lost = {pair for pair, *counts in zip(pairs, flags.tolist(), failed.tolist(), strict=True) if any(counts)}
         for (index, source, field, key), addend in zip(union, addends, strict=True):
             if (source, field) not in lost:
-                sums[index].setdefault((source, field), {})[key] = addend.total.view(addend.shape)
+                sums[index].setdefault((source, addend.field), {})[key] = addend.total
         return sums, lost
 
 
 class _Addend:
     """ One statistic, which is added up piece by piece; what this process has not seen is zero. """
 
-    def __init__(self, own, shape):
-        self.shape = shape
+    def __init__(self, own, shape, source, field, whole):
+        self.field = field
         self.size = math.prod(shape)
-        self.total = None if self.size else torch.zeros(0, dtype=torch.float64)
+        self.total = None
         self._own = own
+        self._shape = shape
+        self._source = source
+        self._whole = whole
+        if not self.size:
+            self._finish(torch.zeros(shape, dtype=torch.float64))
 
     def give(self, buffer, here):
+        if here.start == 0 and self._own is not None:
+            own, self._own = self._own, None
+            own = made(own)
+            # A third of a count is no float32.
+            self._own = own.detach() if isinstance(own, torch.Tensor) else torch.tensor(own, dtype=torch.float64)
         if self._own is not None:
-            own = self._own.detach() if isinstance(self._own, torch.Tensor) else torch.tensor(self._own)
-            buffer.copy_(own.reshape(-1)[here])
+            buffer.copy_(self._own.reshape(-1)[here])
 
     def take(self, buffer, here):
         if self.total is None:
@@ -168,6 +180,11 @@ class _Addend:
         self.total[here] = buffer
         if here.stop == self.size:
             self._own = None
+            self._finish(self.total.view(self._shape))
+
+    def _finish(self, total):
+        self.field, self.total = (self.field, total) if self._whole is None else self._whole(
+            self._source, self.field, total)
 
 
 def _rounds(sizes):

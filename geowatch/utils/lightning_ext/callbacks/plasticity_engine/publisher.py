@@ -1,15 +1,30 @@
 """
 From readings to lines: one exchange and one sum over processes, one transfer, formulas, sinks.
 """
+import itertools
 import time
 
 from ..plasticity_metrics import BUILT_IN
 from ..plasticity_metrics._vocabulary import LEFT_OUT, OF_NOTES
 from .lightning import steps_of
-from .measurement import Reading, additive_keys, derive, evaluate, needed_keys, needing, to_host
+from .measurement import (
+    SPECTRA,
+    Reading,
+    additive_keys,
+    derive,
+    evaluate,
+    needed_keys,
+    needing,
+    spectrum_of,
+    takes_turns,
+    to_host,
+)
 from .memory import Memory
 from .processes import contradictions, layout_of
+from .rota import Rota, spectral_work
 from .say import say
+from .sources.activations.sites import site_names
+from .statistics.rows import MAX_UNITS
 
 
 class Publisher:
@@ -31,6 +46,9 @@ class Publisher:
         self._fit = fit
         self._known_words = set(BUILT_IN)
         self._shared = None  # numbers of the budget that all processes know
+        self._rota = Rota(fit.budget.share, fit.trainer.strategy.root_device)
+        self._sites = {}     # to their names, of hidden layers that were seen last
+        self._in_turns = set()  # metrics of which it is said that layers take turns
 
     def publish(self, readings: list[Reading], asks: bool = False):
         """
@@ -48,13 +66,14 @@ class Publisher:
         with fit.faults.spending(list(dict.fromkeys(name for reading in readings for name in reading.metrics))):
             readings = self._combine(readings)
             tables = self._numbers(readings)
+            self._rota.end()
             lines = [self._lines(reading, numbers) for reading, numbers in zip(readings, tables, strict=True)]
             for own in filter(None, lines):
                 fit.drop_repeated_lines(own)
                 fit.sinks.write(own)
         measured = {line['metric'] for own in lines for line in own if line['step'] >= 0}
         self.measured |= measured
-        if fit.budget is not None and measured:
+        if measured:
             fit.budget.count(measured)
             self._keep_to_the_budget()
 
@@ -67,6 +86,8 @@ class Publisher:
         self._shared = messages[0]['spent']
         fit.agenda.set_the_clock(fit.moment.step, messages[0]['now'])
         layouts = [message['layout'] for message in messages]
+        for message in messages:
+            fit.looks.unseen |= message['unseen']
         self._switch_off(messages, contradictions(layouts))
         if len({len(message['has']) for message in messages}) > 1:
             self._drop(list(fit.metrics))  # a process that failed between two steps is not where the others are
@@ -75,12 +96,15 @@ class Publisher:
             reading.metrics = [name for name in reading.metrics if name in fit.metrics]
             if reading.metrics and self._is_complete(reading, [message['examples'][index] for message in messages]):
                 kept.append(index)
+        waiting = self._take_turns(readings, kept, layouts, messages[0])
         needed = {(index, key) for index in kept
                   for key in additive_keys([fit.metrics[name] for name in readings[index].metrics])}
-        layouts = [[entry for entry in layout if (entry[0], (entry[1], entry[2])) in needed] for layout in layouts]
+        layouts = [[entry for entry in layout if (entry[0], (entry[1], entry[2])) in needed
+                    and (entry[0], (entry[1], entry[2]), str(entry[3])) not in waiting] for layout in layouts]
         sums, lost = fit.processes.add_up(
             [reading.parts for reading in readings], layouts,
-            on_error=lambda source, field: fit.faults.fail(needing(fit.metrics, source, [field])))
+            on_error=lambda source, field: fit.faults.fail(needing(fit.metrics, source, [field])),
+            whole=spectrum_of)
         # Where it failed says so when it is asked next.
         self._drop(name for source, field in lost for name in needing(fit.metrics, source, [field]))
         for index in kept:
@@ -93,20 +117,21 @@ class Publisher:
         fit = self._fit
         try:
             return {
-                'failed': sorted(fit.faults.failed), 'now': time.monotonic(),
+                'failed': sorted(fit.faults.failed), 'now': time.monotonic(), 'pace': self._rota.pace,
                 'has': [[name for name in reading.metrics if name in fit.metrics and reading.has(fit.metrics[name])]
                         for reading in readings],
                 'examples': [reading.window and reading.window.examples for reading in readings],
                 'layout': layout_of([reading.parts for reading in readings]) if fit.processes.count > 1 else [],
-                'spent': fit.budget and fit.budget.numbers()}
+                'spent': fit.budget.numbers(), 'unseen': fit.unsaid()}
         except Exception:
             return self._failing(readings)
 
     def _failing(self, readings):
         """ What the others hear from this process inside an except block, whatever is wrong here. """
         self._fit.faults.fail(list(self._fit.metrics))
-        return {'failed': sorted(self._fit.faults.failed), 'now': time.monotonic(), 'has': [[] for _ in readings],
-                'examples': [0 for _ in readings], 'layout': [], 'spent': None}
+        return {'failed': sorted(self._fit.faults.failed), 'now': time.monotonic(), 'pace': self._rota.pace,
+                'has': [[] for _ in readings], 'examples': [0 for _ in readings], 'layout': [],
+                'spent': self._fit.budget.numbers(), 'unseen': {}}
 
     @staticmethod
     def _is_complete(reading, examples):
@@ -126,6 +151,9 @@ class Publisher:
         if reading.window is not None:
             self._fit.looks.close(reading.window)
             self._fit.say_unseen()
+            self._sites = site_names(reading.parts.get(('activations', 'samples'), {}))
+            self._rota.also(sum(spectral_work(own.shape[0], rows=0)
+                                for own in reading.parts.get(('activations', 'gram'), {}).values()))
             return
         reading.metrics = [name for name in reading.metrics if any(name in own for own in has)]
         if reading.moment.step >= 0:
@@ -154,6 +182,45 @@ class Publisher:
             if fit.metrics.pop(name, None):
                 fit.agenda.drop(name)
 
+    # --- turns ----------------------------------------------------------------
+
+    def choose_sites(self, names):
+        """
+        Which sites a window for some metrics takes rows of.
+
+        Args:
+            names (List[str]): metrics of activations
+
+        Returns:
+            Callable[[Site, int, int], bool]: of a site, its units and the rows that are wanted of it; it stays by
+                what it has said
+        """
+        metrics = [self._fit.metrics[name] for name in names if takes_turns(self._fit.metrics[name])]
+        rows = max(self._fit.settings.samples, 1)
+        choice = self._rota.choice(
+            {site: spectral_work(size, max(rows, 8 * size)) for site in self._sites
+             for size in [min(site.units, MAX_UNITS)]} if metrics else {},
+            lambda site: self.memory.last_step(metrics, self._sites[site]))
+        return lambda site, units, rows: choice.takes(site, spectral_work(units, rows))
+
+    def _take_turns(self, readings, kept, layouts, message):
+        """ Leave out the spectra of weights for which there is no time now, on all processes the same ones. """
+        waiting, key = set(), ('weights', 'gram')
+        for index in kept:
+            reading = readings[index]
+            metrics = [self._fit.metrics[name] for name in reading.metrics if takes_turns(self._fit.metrics[name])]
+            if metrics:
+                self._rota.begin(message['now'], message['pace'])
+            works = {layer: spectral_work(own.shape[0]) for layer, own in reading.whole.get(key, {}).items()}
+            works |= {layer: spectral_work(shape[0]) for place, source, field, layer, shape in itertools.chain(*layouts)
+                      if place == index and (source, field) == key}
+            taken = set(self._rota.plan(works, lambda layer, metrics=metrics: self.memory.last_step(metrics, layer)))
+            for own in (reading.whole, reading.parts):
+                if key in own:
+                    own[key] = {layer: x for layer, x in own[key].items() if layer in taken}
+            waiting |= {(index, key, layer) for layer in works if layer not in taken}
+        return waiting
+
     # --- numbers and lines ----------------------------------------------------
 
     def _numbers(self, readings):
@@ -180,18 +247,36 @@ class Publisher:
             with self._fit.faults.guard([name]):
                 metric = self._fit.metrics[name]
                 self.memory.add(metric, numbers)
-                columns, layers = evaluate(metric, numbers, self.memory.before.get(name), self.memory.recent(metric))
+                columns, layers = evaluate(metric, numbers, self.memory.before.get(name), self.memory.recent(metric),
+                                           self.memory.earlier(metric))
                 self.memory.remember(metric, numbers)
+                fresh = self._fresh(metric, numbers, layers, reading.moment.step)
                 if any(any(numbers.get((source, LEFT_OUT.get(source)), {}).values()) for source in metric.sources):
                     self.memory.skipped[name] = self.memory.skipped.get(name, 0) + 1
                 if layers:
                     line = {'metric': name, 'step': reading.moment.step, 'epoch': reading.moment.epoch,
                             'time': now, 'samples': reading.examples, 'value': columns.pop('value'),
-                            'layers': layers, **self._words(metric)}
+                            'layers': layers, **fresh, **self._words(metric)}
                     besides = self._besides(metric, reading, numbers, columns)
                     # Columns of a user's metric may have any name.
                     lines.append({**line, **{key: x for key, x in besides.items() if key not in line}})
         return lines
+
+    def _fresh(self, metric, numbers, layers, step):
+        """ What a line says where layers take turns, which is said to the user once. """
+        if not takes_turns(metric):
+            return {}
+        tables = [numbers.get((need.source, need.field), {}) for need in metric.needs if need.field in SPECTRA]
+        fresh = {layer: columns for layer, columns in layers.items() if all(layer in table for table in tables)}
+        self.memory.note(metric, step, fresh)
+        seen = [layer for layer in numbers.get((metric.sources[0], 'nonfinite'), {})
+                if numbers.get(('activations', 'samples'), {}).get(layer, 1.)]
+        if len(fresh) < len(seen) and metric.name not in self._in_turns:
+            self._in_turns.add(metric.name)
+            if self._fit.processes.rank == 0:
+                say(f'PlasticityMonitor: {metric.name}: {len(fresh)} of {len(seen)} layers at this measurement, since '
+                    'all would take too long; they take turns')
+        return {'fresh': list(fresh)} if len(fresh) < len(seen) else {}
 
     def _besides(self, metric, reading, numbers, columns):
         """ What a line says of the network and its step beside the value. """
@@ -209,14 +294,14 @@ class Publisher:
     # --- the budget -----------------------------------------------------------
 
     def _keep_to_the_budget(self):
-        """ Let what is too expensive wait, on all processes alike, and say so. """
+        """ Let what is too expensive wait, on all processes alike, and say so if the user has set the budget. """
         fit = self._fit
         step = max(fit.moment.step, 0)
         # Several processes need the same numbers: what the first one knew when they last agreed.
         numbers = fit.budget.numbers() if fit.processes.count == 1 else self._shared
         # A run that goes on may begin with a validation, before any step of its own.
         steps = 1 if fit.first_step is None else max(step - fit.first_step, 0) + 1
-        schedules = fit.agenda.schedules
+        schedules = {name: schedule for name, schedule in fit.agenda.schedules.items() if name in fit.limited}
         asked = {name: steps_of(schedule, fit.trainer, steps, numbers['seconds'])
                  for name, schedule in schedules.items()}
         overhead, waits = fit.budget.plan(numbers, steps, asked)
@@ -225,5 +310,7 @@ class Publisher:
             wait = waits.get(name, 0)
             schedule.wait(step + wait)
             intervals[name] = wait if wait > asked[name] else schedule.steps or schedule.interval
+        if fit.settings.budget is None:
+            return
         fit.sinks.write([{'metric': 'overhead', 'step': step, 'epoch': fit.trainer.current_epoch, 'time': time.time(),
                           'samples': None, 'value': overhead, 'layers': {}, 'intervals': intervals}], dashboard=False)

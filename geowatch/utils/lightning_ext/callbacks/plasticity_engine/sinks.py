@@ -190,7 +190,8 @@ class Sinks:
         scalars = {f'plasticity/{name}': value for name, value in values.items()}
         if self._per_layer:
             scalars.update({f'plasticity_layers/{row["metric"]}/{layer}': own['value']
-                            for row in rows for layer, own in row['layers'].items()})
+                            for row in rows for layer, own in row['layers'].items()
+                            if layer in row.get('fresh', row['layers'])})
         self._loggers.log(scalars, rows[0]['step'], plain_rows if dashboard else ())
 
     @property

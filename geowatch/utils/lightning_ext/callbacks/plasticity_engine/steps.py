@@ -8,6 +8,7 @@ from .say import say
 from .sharding import is_sharded
 from .sources import STEP_SOURCES
 from .sources.activations.examples import count_examples
+from .sources.flat import stepped_by
 from .sources.weights import parameters_of
 
 
@@ -124,7 +125,7 @@ class Steps:
     def before_step(self, walk, optimizer, told=()):
         """ An optimizer is about to step; of parameters whose ids are in `told` another call has told. """
         if self.see_an_optimizer:
-            own = {id(param) for group in optimizer.param_groups for param in group['params']}.difference(told)
+            own = {id(param) for param in stepped_by(optimizer)}.difference(told)
             weights = {layer: weight for layer, weight in walk().items()
                        if any(id(param) in own for param in parameters_of(weight))}
             self._notes.before_step(optimizer)

@@ -5,9 +5,9 @@ Reads ``plasticity.jsonl``, which PlasticityMonitor writes, and what stands
 beside it in the log folder. Works on runs that still go on.
 
 CommandLine:
-    python -m geowatch.utils.lightning_ext.callbacks.plasticity_report lightning_logs/version_0
-    python -m geowatch.utils.lightning_ext.callbacks.plasticity_report 'runs/lr*' --under=val_acc --x=epoch
-    python -m geowatch.utils.lightning_ext.callbacks.plasticity_report 'runs/lr*' --format=csv
+    python -m geowatch.cli.plasticity_report lightning_logs/version_0
+    python -m geowatch.cli.plasticity_report 'runs/lr*' --under=val_acc --x=epoch
+    python -m geowatch.cli.plasticity_report 'runs/lr*' --format=csv
 """
 import shlex
 import sys
@@ -18,22 +18,22 @@ import ubelt as ub
 __all__ = ['PlasticityReportCLI', 'report_command', 'write_report_script']
 
 # The host imports GDAL first unless it is told not to, and drawing needs none.
-_COMMAND = 'GEOWATCH_PREIMPORT=0 python -m geowatch.utils.lightning_ext.callbacks.plasticity_report'
+_COMMAND = 'GEOWATCH_PREIMPORT=0 python -m geowatch.cli.plasticity_report'
 
 
 class PlasticityReportCLI(scfg.DataConfig):
     """
     Draw the plasticity metrics of one run, or of several compared.
 
-    Writes report.html, which opens offline, and PNG files: one per metric
-    with all runs in it, one with those of the paper, and one per run and
-    metric with its layers. Exits with 2 where a folder holds no data.
+    Writes report.html, which opens offline, and with --png pictures: the grid
+    of two settings, one of the paper's metrics, and two per metric, of the
+    network and of its layers. Exits with 2 where a folder holds no data.
     """
     __command__ = 'plasticity_report'
     __epilog__ = ub.codeblock(
         '''
         example:
-          python -m geowatch.utils.lightning_ext.callbacks.plasticity_report 'runs/lr*' --under=val_acc --x=epoch
+          python -m geowatch.cli.plasticity_report 'runs/lr*' --under=val_acc --x=epoch
         ''')
 
     runs = scfg.Value(['.'], nargs='*', type=str, position=1, help=(
@@ -46,10 +46,15 @@ class PlasticityReportCLI(scfg.DataConfig):
     under = scfg.Value('auto', type=str, help=ub.paragraph(
         '''
         name of the loss or metric to draw under each picture, as it was
-        logged, from TensorBoard files or metrics.csv; 'auto' takes a loss
-        where there is one, 'none' nothing
+        logged, from TensorBoard files or metrics.csv; 'auto' takes one of
+        validation where there is one, 'none' nothing
         '''))
-    x = scfg.Value('step', choices=['step', 'epoch'], help='x-axis')
+    x = scfg.Value('auto', choices=['auto', 'step', 'epoch'], help=ub.paragraph(
+        '''
+        x-axis; 'auto' takes epochs where these have different numbers of
+        steps, as with different batch sizes
+        '''))
+    png = scfg.Value(False, isflag=True, help='write pictures too, as PNG files beside the page: takes much longer')
     format = scfg.Value(None, choices=['json', 'csv'], help=(
         'print the table of runs in this format instead of drawing (default: draw%(default).0s)'))
 
@@ -111,29 +116,37 @@ def _report(config):
 
 
 def _write(table, findings, config):
-    from .figures import draw_all
+    from .curves import choose_x
     from .page import write_page
     from .runs import ReportError
     from .verdicts import summary
     from .words import CAVEAT
     single = table.runs[0].folders[-1] / 'monitor' / 'plasticity' if len(table.runs) == 1 else None
-    x = config.x
-    if not all(run.steps_per_epoch for run in table.runs):
-        x = 'step'  # A run that names no epochs has no place on that axis.
+    x = choose_x(table.runs, config.x)
     out = ub.Path(config.out or single or 'plasticity_report').expand()
     try:
         page = write_page(table, findings, out.ensuredir(), x)
-        pictures, left_out = draw_all(table, out, x)
+        pictures, left_out = [], []
+        if config.png:
+            from .figures import draw_all
+            pictures, left_out = draw_all(table, out, x)
     except OSError as ex:
         raise ReportError(f'{out}: the report could not be written ({ex})') from None
     for line in summary(table):
         print(line)
-    for finding in findings:
-        print(f'- {finding.sentence}')
-    for line in left_out:
+    for line in [*_advice(table), *(finding.sentence for finding in findings), *left_out]:
         print(f'- {line}')
     print(CAVEAT)
-    print(f'Wrote {page} and {len(pictures)} pictures beside it')
+    print(f'Wrote {page}' + (f' and {len(pictures)} pictures beside it' if config.png else ''))
+
+
+def _advice(table):
+    """ What the grid says, with what to type. """
+    from .advice import advise
+    from .grid import make_grid
+    grid = make_grid(table)
+    for advice in advise(table, grid) if grid else []:
+        yield '\n    '.join([advice.text, *advice.commands])
 
 
 def _print_table(records, findings, form):
@@ -163,7 +176,7 @@ def report_command(log_dir):
     Example:
         >>> from geowatch.utils.lightning_ext.callbacks.plasticity_report import report_command
         >>> report_command('my runs/version_0')
-        "GEOWATCH_PREIMPORT=0 python -m geowatch.utils.lightning_ext.callbacks.plasticity_report 'my runs/version_0'"
+        "GEOWATCH_PREIMPORT=0 python -m geowatch.cli.plasticity_report 'my runs/version_0'"
     """
     return f'{_COMMAND} {shlex.quote(str(log_dir))}'
 
@@ -205,7 +218,7 @@ def write_report_script(log_dir):
         import sys
         sys.path[:] = [place for place in sys.path if place]
         import runpy
-        runpy.run_module("{__name__}", run_name="__main__", alter_sys=True)
+        runpy.run_module("geowatch.cli.plasticity_report", run_name="__main__", alter_sys=True)
         ' "$(dirname "$0")" "$@"
         ''') + '\n', encoding='utf-8', errors='surrogateescape')
     fpath.chmod('ug+x')

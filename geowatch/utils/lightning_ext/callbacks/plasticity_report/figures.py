@@ -7,88 +7,32 @@ import re
 import textwrap
 from functools import partial
 
-from .findings import bin_means, running_mean
+from .curves import (
+    change_limit,
+    change_of,
+    differing_layers,
+    layer_curve,
+    layer_grid,
+    metric_curve,
+    short_names,
+    under_curve,
+    wants_log,
+)
+from .findings import running_mean
 from .foreign import readable
 from .glyphs import drawable, families
+from .grid import cell_value, limits, majority, make_grid, setting_text, shade
 from .runs import ReportError
-from .scalars import find_scalar
+from .styles import styles
 from .words import PANELS, describe, in_order
 
-# Okabe and Ito's colours, which people with colour blindness can tell apart, less the yellow, pale on white.
-COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#56B4E9', '#E69F00', '#000000')
-DASHES = ('solid', 'dashed', 'dotted', 'dashdot')
 INK, QUIET, GRID = '#1f2933', '#66727f', '#e3e7eb'
-# What can be seen in a picture; longer curves become means of neighbours.
-LINE_POINTS = 600
-# The most that colours tell of a layer's change, as a power of two.
-MOST_CHANGE = 4.0
-
-
-def style(i):
-    """
-    Colour and dash of the i-th run, the same in all pictures.
-
-    Example:
-        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_report.figures import style
-        >>> style(0), style(7)
-        (('#0072B2', 'solid'), ('#0072B2', 'dashed'))
-    """
-    return COLOURS[i % len(COLOURS)], DASHES[i // len(COLOURS) % len(DASHES)]
-
-
-def wants_log(curves):
-    """
-    Does a curve need a logarithmic axis?
-
-    Args:
-        curves (List[List[float]]): all that share the axis
-
-    Returns:
-        bool: True if all are positive and span more than a factor of 30
-
-    Example:
-        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_report.figures import wants_log
-        >>> wants_log([[1., 2.], [100.]]), wants_log([[0., 100.]])
-        (True, False)
-    """
-    # Of a noisy curve its course counts: one lucky batch should not flatten all else.
-    values = [value for curve in curves for value in running_mean(curve) or curve if math.isfinite(value)]
-    return bool(values) and min(values) > 0 and max(values) > 30 * min(values)
-
-
-def metric_curve(run, name, x):
-    """
-    One curve of a run.
-
-    Args:
-        run (Run): which may lack the metric
-        name (str): of the metric
-        x (str): 'step' or 'epoch'
-
-    Returns:
-        Tuple[List[float], List[float]]: both axes
-    """
-    points = run.metrics.get(name, [])
-    return _shortened(run, [p.step for p in points], [p.value for p in points], x)
-
-
-def under_curve(run, name, x):
-    """ Like metric_curve, of a scalar of the run's loggers. """
-    scalar = name and find_scalar(run, name) or {}
-    return _shortened(run, list(scalar), list(scalar.values()), x)
-
-
-def _shortened(run, steps, values, x):
-    return _on(run, bin_means(steps, LINE_POINTS), x), bin_means(values, LINE_POINTS)
-
-
-def _on(run, steps, x):
-    return steps if x == 'step' else run.to_epochs(steps) or []
+PALE, DEEP = '#eef4fb', '#0b4f8a'
 
 
 def draw_all(table, out, x='step'):
     """
-    Write one PNG per metric, one of all, and the heatmaps of the layers.
+    Write PNG files: the grid, one of the paper's metrics, and two per metric, of the network and of layers.
 
     Args:
         table (Table): of the runs
@@ -108,10 +52,10 @@ def draw_all(table, out, x='step'):
 
 def _write(table, labels, out, x):
     names = in_order(table.runs)
-    pictures = [('panels', partial(_draw_panels, table, labels, x))]
+    pictures = [('grid', partial(_draw_grid, table)), ('panels', partial(_draw_panels, table, labels, x))]
     pictures += [(name, partial(_draw_metric, table, labels, name, x)) for name in names]
-    pictures += [(f'layers-{name}-{run.name}', partial(_draw_layers, run, label, name, x))
-                 for run, label in zip(table.runs, labels, strict=True) for name in names]
+    pictures += [(f'layers-{name}', partial(_draw_layers, table.runs[0], labels[0], name, x) if len(table.runs) == 1
+                  else partial(_draw_layer_curves, table, labels, name, x)) for name in names]
     paths, left_out = [], []
     for name, draw in pictures:
         # A name of a file has 255 bytes.
@@ -176,12 +120,12 @@ def _dress(axes, title, about='', percent=False, log=False):
         axes.yaxis.get_offset_text().set(x=-0.01, ha='right', color=QUIET, fontsize=8.5)
 
 
-def _draw_curves(axes, curves):
+def _draw_curves(axes, table, curves):
     """ Curves by run index; returns the lines for a legend. """
-    lines = {}
+    lines, looks = {}, styles(table)
     for i, (xs, ys) in curves.items():
         if xs:
-            colour, dash = style(i)
+            colour, _, dash = looks[i]
             # A point between gaps, or alone, is seen only with a marker.
             marker = 'o' if len(xs) <= 12 or not all(map(math.isfinite, ys)) else None
             course = running_mean(ys)
@@ -197,7 +141,7 @@ def _draw_curves(axes, curves):
 def _plot(axes, table, name, x):
     words = describe(name)
     curves = {i: metric_curve(run, name, x) for i, run in enumerate(table.runs)}
-    lines = _draw_curves(axes, curves)
+    lines = _draw_curves(axes, table, curves)
     log = not words.percent and wants_log([ys for _, ys in curves.values()])
     _dress(axes, words.title, _subtitle(words.about, log, curves), words.percent, log)
     return lines
@@ -205,7 +149,7 @@ def _plot(axes, table, name, x):
 
 def _plot_under(axes, table, x):
     curves = {i: under_curve(run, table.under, x) for i, run in enumerate(table.runs)}
-    lines = _draw_curves(axes, curves)
+    lines = _draw_curves(axes, table, curves)
     log = wants_log([ys for _, ys in curves.values()])
     _dress(axes, table.under, _subtitle('', log, curves), log=log)
     return lines
@@ -271,47 +215,67 @@ def _x_title(x):
     return 'training step' if x == 'step' else 'epochs gone by'
 
 
-def layer_grid(run, name, x, columns=400):
-    """
-    The layers of a run over time.
-
-    Args:
-        run (Run): which may lack the metric
-        name (str): of the metric
-        x (str): 'step' or 'epoch'
-        columns (int): the most measurements, evenly spread, first and last included
-
-    Returns:
-        Tuple[List[str], List[float], List[List[float]]]: names in network order, x axis, a row of values per layer
-    """
-    points = run.metrics.get(name, [])
-    if len(points) > columns:
-        points = [points[round(i * (len(points) - 1) / (columns - 1))] for i in range(columns)]
-    layers = list(dict.fromkeys(layer for point in points for layer in point.layers))
-    xs = _on(run, [p.step for p in points], x)
-    return layers if xs else [], xs, [[p.layers.get(layer, math.nan) for p in points] for layer in layers]
-
-
-def change_of(values):
-    """
-    A layer's values as powers of two of its first one above zero.
-
-    Example:
-        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_report.figures import change_of
-        >>> change_of([4.0, 8.0, 2.0, 0.0])
-        [0.0, 1.0, -1.0, -4.0]
-    """
-    first = next((value for value in values if math.isfinite(value) and value > 0), math.nan)
-    # What has collapsed to zero gets the last colour, not the one of a gap.
-    return [math.nan if not math.isfinite(value) else
-            max(-MOST_CHANGE, min(MOST_CHANGE, math.log2(value) - math.log2(first))) if value > 0 else -MOST_CHANGE
-            for value in values]
+def _draw_layer_curves(table, labels, name, x):
+    """ The layers in which runs differ, on one scale. """
+    layers, _ = differing_layers(table, name)
+    if not layers:
+        return None
+    words, columns = describe(name), min(3, len(layers))
+    height = math.ceil(len(layers) / columns)
+    figure = _figure(4 * columns, 0.8 + 2.2 * height)
+    grid = figure.subplots(height, columns, sharex=True, sharey=True, squeeze=False).flatten()
+    curves = [{i: layer_curve(run, name, layer, x) for i, run in enumerate(table.runs)} for layer in layers]
+    log = not words.percent and wants_log([ys for own in curves for _, ys in own.values()])
+    lines = {}
+    for axes, own in zip(grid, curves, strict=False):
+        lines.update(_draw_curves(axes, table, own))
+    span = grid[0].get_ylim()
+    for axes, layer in zip(grid, short_names(layers, 30), strict=False):
+        if not log:
+            axes.set_ylim(span)  # which is that of all, where each would stretch it
+        _dress(axes, layer, '', words.percent, log)
+    for axes in grid[len(layers):]:
+        axes.axis('off')
+    figure.supxlabel(_x_title(x), color=QUIET, fontsize=9)
+    _legend(figure, lines, labels)
+    return figure
 
 
-def change_limit(rows):
-    """ A symmetric limit of the colour scale: no less than 25 percent. """
-    largest = max((abs(value) for row in rows for value in row if math.isfinite(value)), default=0)
-    return max(0.32, largest)
+def _draw_grid(table):
+    """ Learning rate x batch size, coloured by what the runs are judged by. """
+    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.patches import Rectangle
+    grid = make_grid(table)
+    if grid is None:
+        return None
+    count, (height, width) = len(grid.facets), (len(grid.rows), len(grid.columns))
+    figure = _figure(max(4, 0.95 * width + 0.8) * count, 1.3 + 0.62 * height)
+    quantity = next(iter(grid.quantities), None)
+    scale = quantity and limits(table, quantity)
+    colours = LinearSegmentedColormap.from_list('', [PALE, DEEP])
+    for axes, facet in zip(figure.subplots(1, count, squeeze=False)[0], grid.facets, strict=True):
+        for (row, column), runs in facet.cells.items():
+            value = cell_value(quantity, runs) if quantity else math.nan
+            part = quantity and shade(value, *scale)
+            part = 1 - part if part is not None and quantity.better < 0 else part
+            best = (row, column) == facet.best
+            axes.add_patch(Rectangle((column + 0.03, row + 0.04), 0.94, 0.92, linewidth=2.5 if best else 0,
+                                     facecolor=GRID if part is None else colours(part),
+                                     edgecolor='#0b6e4f' if best else 'none'))
+            text = '\n'.join(filter(None, [quantity and quantity.text(value), majority(table, runs)]))
+            axes.text(column + 0.5, row + 0.5, text, ha='center', va='center', fontsize=8.5,
+                      color='white' if part is not None and part > 0.6 else INK, fontweight='bold' if best else None)
+        axes.set(xlim=(0, width), ylim=(height, 0))
+        axes.set_xticks([i + 0.5 for i in range(width)], [_drawable(setting_text(value)) for value in grid.columns])
+        rows = map(setting_text, grid.rows) if grid.titles[1] else ['']
+        axes.set_yticks([i + 0.5 for i in range(height)], [_drawable(text) for text in rows])
+        axes.tick_params(length=0, labelsize=9, colors=INK)
+        axes.spines[:].set_visible(False)
+        axes.set_xlabel(_drawable(readable(grid.titles[0], 60)), color=QUIET, fontsize=9)
+        axes.set_ylabel(_drawable(readable(grid.titles[1], 40)), color=QUIET, fontsize=9)
+        title = ', '.join(filter(None, [facet.label, quantity and f'{quantity.title} at the end']))
+        axes.set_title(_drawable(readable(title, 60)), loc='left', fontsize=11, fontweight='bold', color=INK)
+    return figure
 
 
 def _draw_layers(run, label, name, x):
@@ -364,29 +328,3 @@ def _draw_layers(run, label, name, x):
 def _ends(words, row):
     finite = [value for value in row if math.isfinite(value)]
     return f'{words.text(finite[0])} \u2192 {words.text(finite[-1])}' if finite else 'n/a'
-
-
-def short_names(layers, most):
-    """
-    Names of layers to write beside a picture: long ones without what all begin with.
-
-    Args:
-        layers (List[str]): dotted names
-        most (int): longest name; longer ones lose their middle
-
-    Returns:
-        List[str]: in the same order
-
-    Example:
-        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_report.figures import short_names
-        >>> short_names(['model.blocks.0.fc1', 'model.blocks.11.attention'], 10)
-        ['0.fc1', '11.a\u2026tion']
-    """
-    if all(len(layer) <= most for layer in layers):
-        return list(layers)
-    parts = [layer.split('.') for layer in layers]
-    shared = 0
-    while all(len(p) > shared + 1 and p[shared] == parts[0][shared] for p in parts) and len(parts) > 1:
-        shared += 1
-    names = ['.'.join(p[shared:]) for p in parts]
-    return [readable(name, most) for name in names]

@@ -34,6 +34,7 @@ class Point:
     value: float
     samples: int | None
     layers: dict
+    time: float = math.nan
 
 
 @dataclasses.dataclass
@@ -232,7 +233,7 @@ def _checked(row):
         'step': whole(row['step'], least=-1),  # of the untrained network
         'epoch': None if epoch is None else whole(epoch),
         'samples': None if samples is None else whole(samples),
-        'value': finite(row['value']),
+        'value': finite(row['value']), 'time': finite(row.get('time')),
         'layers': {readable(name): finite(layer['value']) for name, layer in (row.get('layers') or {}).items()
                    if 'value' in layer},
     }

@@ -15,8 +15,8 @@ IN_SHORT = {'learning rate': 'lr', 'batch size': 'batch'}
 WHEREABOUTS = {'default_root_dir', 'save_dir', 'dirpath', 'root_dir', 'log_dir', 'ckpt_path', 'version'}
 # What people call the three settings that are tuned most.
 COMMON_SETTINGS = {
-    'learning rate': ('lr', 'learning_rate', 'step_size'),
-    'batch size': ('batch_size',),
+    'learning rate': ('lr', 'learning_rate', 'base_lr', 'step_size'),
+    'batch size': ('batch_size', 'train_batch_size', 'bs'),
     'optimizer': ('optimizer', 'optim', 'optimizer.class_path', 'optimizer_name'),
 }
 # Of a file, which takes seconds to read.
@@ -153,7 +153,7 @@ def compared_settings(runs):
     columns, more = {}, 0
     used = set()
     for title, names in COMMON_SETTINGS.items():
-        keys = [_find_key(run.settings, names) for run in runs]
+        keys = [find_key(run.settings, names) for run in runs]
         used |= set(keys)
         values = [_short(run.settings.get(key)) for run, key in zip(runs, keys, strict=True)]
         if any(value is not None for value in values):
@@ -175,7 +175,7 @@ def _is_twin(key, values, columns):
                and list(map(_short, values)) == column for title, column in columns.items())
 
 
-def _find_key(settings, names):
+def find_key(settings, names):
     """ The key of that name which is nearest to the root; one of the optimizer goes first. """
     keys = [key for key in settings if any(key == name or key.endswith(f'.{name}') for name in names)]
     return min(keys, key=lambda key: ('optim' not in key, key.count('.'), key), default=None)

@@ -11,6 +11,8 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from .flat import parameters_in
+
 
 class Made(NamedTuple):
     """
@@ -26,12 +28,14 @@ class Made(NamedTuple):
     make: Callable[[], torch.Tensor]
 
 
-def made_by(module: nn.Module) -> list[Made]:
+def made_by(module: nn.Module, parameters: Callable | None = None) -> list[Made]:
     """
     What a module makes of parameters.
 
     Args:
         module (nn.Module):
+        parameters (Callable[[nn.Module], Dict[str, Parameter | Flattened]] | None):
+            gives those of a module itself, see :func:`.flat.parameters_in`
 
     Returns:
         List[Made]: empty for most
@@ -46,14 +50,15 @@ def made_by(module: nn.Module) -> list[Made]:
         >>> made_by(torch.nn.Linear(3, 2))
         []
     """
-    found = []
+    found, parameters = [], parameters or parameters_in(module)
     if 'parametrizations' in module._modules and isinstance(lists := module.parametrizations, nn.ModuleDict):
-        found += [Made(name, list(own.parameters()), lambda own=own: _run(own)) for name, own in lists.items()]
+        found += [Made(name, [param for part in own.modules() for param in parameters(part).values()],
+                       lambda own=own: _run(own)) for name, own in lists.items()]
     # The functions of torch.nn.utils that are older than parametrizations make it in a hook.
     for hook in module._forward_pre_hooks.values():
         if (recipe := _recipe(hook)) is not None:
             name, parts, make = recipe
-            own = [module._parameters[part] for part in parts if module._parameters.get(part) is not None]
+            own = [param for part in parts if (param := parameters(module).get(part)) is not None]
             found += [Made(name, own, lambda make=make: make(module))] if own else []
     return found
 

@@ -4,6 +4,9 @@ What sources have in common whose statistics are those of one optimizer step.
 Each says when it looks: as a batch begins, before an optimizer steps, and when
 the step is over. What it has found is taken with ``take``.
 """
+import torch
+
+from ..statistics.spectrum import made
 from ..statistics.tensors import functions_of
 
 # A gradient is scaled by a GradScaler: how a field grows with that scale.
@@ -28,6 +31,8 @@ class StepSource:
         sees_backward (bool): if True, it is told of batches and backward passes
         lasts (bool): if True, one object is there for all of a fit
         looks_back (bool): if True, it has to see the step before, too
+        stays (bool): if True, its tensors stay as they are until they are
+            read, so that what is large is made of them then
         step (int): index of the step that goes on
         why_not (str | None): why it finds nothing, or not all, for the user to read
     """
@@ -36,6 +41,7 @@ class StepSource:
     sees_backward = False
     lasts = False
     looks_back = False
+    stays = False
 
     def __init__(self, fields, guard, processes=1, scaler=None):
         self.fields = set(fields)
@@ -82,7 +88,7 @@ class StepSource:
         """ A micro-batch has been through backward. """
 
     def before_step(self, weights, scale):
-        """ An optimizer is about to step on some weights, whose gradients are scaled by a number. """
+        """ An optimizer is about to step on some weights, whose gradients are multiplied by a number or 0-d Tensor. """
 
     def end_step(self, weights):
         """ All optimizers of the batch have stepped. """
@@ -106,6 +112,8 @@ class StepSource:
         for function, fields in functions_of(self.fields).items():
             with self._guard(self.name, fields):
                 for field, own in function(tensors, fields).items():
-                    power = scale ** POWERS.get(field, 0)
-                    own = own if power == 1 else {layer: x / power for layer, x in own.items()}
+                    own = own if self.stays else {layer: made(x) for layer, x in own.items()}
+                    # Of a tensor only the device knows whether it is 1.
+                    if POWERS.get(field) and (isinstance(scale, torch.Tensor) or scale != 1):
+                        own = {layer: x / scale ** POWERS[field] for layer, x in own.items()}
                     self._found.setdefault(field, {}).update(own)

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from ..sharding import Slice, is_sharded
+from .flat import Flattened, parameters_in, stepped_by
 from .reparametrized import made_by
 from .step import StepSource
 
@@ -51,13 +52,13 @@ class Weight:
     has a part on this process.
 
     Args:
-        parts (List[Parameter]): of which it is made
+        parts (List[Parameter | Flattened]): of which it is made
         make (Callable[[], Tensor] | None): what makes it of them
         index (int | None): its place in the first dimension
         of (str): name of the whole
 
     Attributes:
-        parameter (Parameter | None): whose gradient is its own: the one that
+        parameter (Parameter | Flattened | None): whose gradient is its own: the one that
             is no scale; None where several are
 
     Example:
@@ -85,17 +86,17 @@ class Weight:
 
     @property
     def whole(self):
-        """ The Parameter whose layout over processes it has. """
+        """ The Parameter or Flattened whose layout over processes it has. """
         return self.parts[0]
 
     def detach(self):
-        """ The Tensor, or the Slice of one, as the network uses it. """
+        """ The Tensor, or the Slice or Stretch of one, as the network uses it. """
         with torch.no_grad():
             return self._part(self.whole if self._make is None else self._make())
 
     @property
     def grad(self):
-        """ The gradient of its parameter (Tensor | Slice | None). """
+        """ The gradient of its parameter (Tensor | Slice | Stretch | None). """
         grad = None if self.parameter is None else self.parameter.grad
         return None if grad is None else self._part(grad)
 
@@ -127,9 +128,10 @@ def wanted(weights: dict[str, nn.Parameter | Weight], wants: Callable) -> dict[s
     return {layer: weight for layer, weight in weights.items() if wants(layer) or wants(getattr(weight, 'of', layer))}
 
 
-def parameters_of(weight: nn.Parameter | Weight) -> list[nn.Parameter]:
-    """ The parameters that one of :func:`weights_of` is made of. """
-    return weight.parts if isinstance(weight, Weight) else [weight]
+def parameters_of(weight: nn.Parameter | Flattened | Weight) -> list[nn.Parameter]:
+    """ The parameters, as optimizers know them, that one of :func:`weights_of` is made of. """
+    parts = weight.parts if isinstance(weight, Weight) else [weight]
+    return [part.parameter if isinstance(part, Flattened) else part for part in parts]
 
 
 def weights_of(model: nn.Module, is_trained: Callable | None = None) -> dict[str, nn.Parameter | Weight]:
@@ -142,8 +144,9 @@ def weights_of(model: nn.Module, is_trained: Callable | None = None) -> dict[str
             optimizer has it; by default all have one
 
     Returns:
-        Dict[str, Parameter | Weight]: by the names of their layers; a Weight
-            where a parameter is not one matrix as it is. A tied one is there once.
+        Dict[str, Parameter | Flattened | Weight]: by the names of their
+            layers; a Weight where a parameter is not one matrix as it is, a
+            Flattened where it lies in a flat buffer. A tied one is there once.
 
     Example:
         >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.weights import weights_of
@@ -166,7 +169,7 @@ def walk(model: nn.Module, is_trained: Callable | None = None) -> Iterator[tuple
         is_trained (Callable[[str, Parameter], bool] | None): as in :func:`weights_of`
 
     Yields:
-        Tuple[str, Parameter | Weight, str | None]: name of the layer, weight,
+        Tuple[str, Parameter | Flattened | Weight, str | None]: name of the layer, weight,
             and why it is not measured, None if it is
 
     Example:
@@ -176,15 +179,15 @@ def walk(model: nn.Module, is_trained: Callable | None = None) -> Iterator[tuple
         >>> [(name, why) for name, _, why in walk(net)]
         [('0', None), ('0.bias', 'biases and scales'), ('1', 'frozen'), ('1.bias', 'biases and scales')]
     """
-    seen = set()
+    seen, parameters = set(), parameters_in(model)
     for path, module in model.named_modules():
         prefix = f'{path}.' if path else ''
-        for name, parts, make in made_by(module):
+        for name, parts, make in made_by(module, parameters):
             if seen.isdisjoint(map(id, parts)):
                 yield from _weights(prefix + name, parts, make, module, is_trained)
             seen.update(map(id, parts))
-        for name, param in module._parameters.items():
-            if param is not None and id(param) not in seen:
+        for name, param in parameters(module).items():
+            if id(param) not in seen:
                 seen.add(id(param))
                 yield from _weights(prefix + name, [param], None, module, is_trained)
 
@@ -255,10 +258,8 @@ def why_not_a_weight(param: nn.Parameter, name: str = '', owner: nn.Module | Non
     """
     if is_lazy(param):
         return 'without a shape yet, measured once it has one'
-    if hasattr(param, 'ds_id') and not param.numel():
-        return 'sharded by DeepSpeed, which keeps no tensor of them'
-    if getattr(param, '_fsdp_flattened', False) or type(param).__name__ == 'FlatParameter':
-        return 'flattened by FSDP1; FSDP2 keeps their shape'
+    if getattr(param, '_fsdp_flattened', False):
+        return 'flattened by an FSDP1 of which no trainer knows'
     if (param.ndim < 2 or _long(param) < 2 and not _is_layers_weight(name, owner) or _is_bias(name)
             or _is_norm(owner)):
         return SMALL
@@ -293,8 +294,8 @@ class Trained:
     """
     Which parameters the optimizers of a run have.
 
-    Where they have none of the model's, as where a strategy gives them flat
-    copies or the model makes its own, all count.
+    Where they have none of the model's, as where it makes optimizers of its
+    own, all count.
 
     Args:
         trainer (Trainer): of either package
@@ -324,15 +325,14 @@ class Trained:
         Returns:
             Callable[[str, Parameter], bool] | None: for :func:`weights_of`
         """
-        ids = {id(param) for optimizer in self._trainer.optimizers
-               for group in getattr(optimizer, 'param_groups', ()) for param in group['params']}
+        ids = {id(param) for optimizer in self._trainer.optimizers for param in stepped_by(optimizer)}
         if ids != self._ids:
             self._ids, self._sharded = ids, set()
             self._knows = any(id(param) in ids for param in model.parameters())
         return self._has if self._knows else None
 
     def _has(self, name, param):
-        if id(param) in self._ids:
+        if id(getattr(param, 'parameter', param)) in self._ids:
             if is_sharded(param):
                 self._sharded.add(name)
             return True
@@ -354,6 +354,7 @@ class Weights(StepSource):
         4.0
     """
     name = 'weights'
+    stays = True
 
     def end_step(self, weights):
         self._add_tensors(weights)

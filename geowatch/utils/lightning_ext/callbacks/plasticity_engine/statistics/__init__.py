@@ -37,8 +37,28 @@ class CallStatistic:
         """
         raise NotImplementedError
 
-    def end_batch(self):
-        """ Note that a batch is over. """
+    def end_batch(self, own, site):
+        """
+        Note that a batch is over.
 
-    def finish(self):
-        """ Make the fields complete; more calls may follow. """
+        Args:
+            own (Dict[str, Tensor | float]): the fields of a site, changed in place
+            site (Hashable):
+        """
+
+    def forget(self, site):
+        """
+        Note that a site is left out.
+
+        Args:
+            site (Hashable):
+        """
+
+    def finish(self, own, site):
+        """
+        Make the fields of a site complete; more calls may follow.
+
+        Args:
+            own (Dict[str, Tensor | float]): changed in place
+            site (Hashable):
+        """

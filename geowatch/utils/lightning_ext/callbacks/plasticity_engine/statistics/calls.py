@@ -123,13 +123,15 @@ def _add(own, field, tensor):
         own[field] = tensor
 
 
-def makers_of(fields: Collection[str], wanted_rows: Callable[[int], int]) -> list[CallStatistic]:
+def makers_of(fields: Collection[str], wanted_rows: Callable[[int], int],
+              takes: Callable = lambda site, units, rows: True) -> list[CallStatistic]:
     """
     Who makes some fields: 'samples' and 'nonfinite' always.
 
     Args:
         fields (Collection[str]): additive ones
         wanted_rows (Callable[[int], int]): of the number of units, for :class:`.rows.Rows`
+        takes (Callable[[Site, int, int], bool]): the same
 
     Returns:
         List[CallStatistic]: in an order in which nothing is computed twice
@@ -139,5 +141,5 @@ def makers_of(fields: Collection[str], wanted_rows: Callable[[int], int]) -> lis
         >>> [type(maker).__name__ for maker in makers_of(['away', 'gram'], lambda units: 8 * units)]
         ['Away', 'Rows', 'Samples']
     """
-    makers = [Away(), Positive(), Rows(wanted_rows, fields), Samples()]
+    makers = [Away(), Positive(), Rows(wanted_rows, fields, takes), Samples()]
     return [maker for maker in makers if maker.fields == Samples.fields or set(maker.fields) & set(fields)]

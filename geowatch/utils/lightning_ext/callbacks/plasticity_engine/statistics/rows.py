@@ -1,6 +1,8 @@
 """
 Rows of the feature matrix of each layer: an even choice of its examples and positions, and their Gram matrix.
 """
+import functools
+
 import torch
 
 from . import CallStatistic
@@ -86,13 +88,14 @@ def _take(call, chosen, offset, units):
             index.insert(0, place % size)
             place = place // size
         rows = features[tuple(index)]
-    return rows if units == call.units else rows[:, _choice(call.units, units).to(rows.device)]
+    return rows if units == call.units else rows[:, _choice(call.units, units, rows.device)]
 
 
-def _choice(units, most):
+@functools.lru_cache(maxsize=64)  # what is new on a device is waited for there
+def _choice(units, most, device):
     """ The same choice on every batch, process and run, without touching the generators of the run. """
     generator = torch.Generator().manual_seed(0)
-    return torch.randperm(units, generator=generator)[:most].sort().values
+    return torch.randperm(units, generator=generator)[:most].sort().values.to(device)
 
 
 class Rows(CallStatistic):
@@ -102,6 +105,8 @@ class Rows(CallStatistic):
     Args:
         wanted (Callable[[int], int]): rows that a site with so many units may have in all
         fields (Collection[str]): those that are needed; a sum is made only then
+        takes (Callable[[Site, int, int], bool]): whether rows of a site are wanted, of so many units, and of so many
+            rows; by default of each
 
     Example:
         >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.statistics.calls import Call
@@ -111,18 +116,19 @@ class Rows(CallStatistic):
         >>> for _ in range(4):
         >>>     rows.begin_batch(0.25)
         >>>     rows.add(own, Call('fc1', torch.ones(50, 3), 1))
-        >>>     rows.end_batch()
-        >>> rows.finish()
+        >>>     rows.end_batch(own, 'fc1')
+        >>> rows.finish(own, 'fc1')
         >>> own['rows'], own['gram'][2].tolist(), own['sum'].tolist()
         (10.0, [10.0, 10.0, 10.0], [10.0, 10.0, 10.0])
     """
     fields = ('gram', 'sum', 'rows')
 
-    def __init__(self, wanted, fields):
+    def __init__(self, wanted, fields, takes=lambda site, units, rows: True):
         self._wanted = wanted
         self._fields = fields
+        self._takes = takes
         self._share = 0.    # of all that will be seen, up to this batch
-        self._chosen = {}   # site to the rows of this batch, and where its fields are
+        self._chosen = {}   # site to the rows of this batch
         self._waiting = {}  # site to rows that are not in the Gram matrix yet
 
     def begin_batch(self, share):
@@ -133,32 +139,39 @@ class Rows(CallStatistic):
         """ See :class:`.CallStatistic`. """
         units = min(call.units, MAX_UNITS)
         if call.site not in self._chosen:
+            if not self._takes(call.site, units, self._wanted(units)):
+                return
             taken = int(own.setdefault('rows', 0.))
             quota = round(self._wanted(units) * self._share) - taken
             if quota < 1:
                 return
-            self._chosen[call.site] = own, _Chosen(quota, taken)
-        self._chosen[call.site][1].add(call, units)
+            self._chosen[call.site] = _Chosen(quota, taken)
+        self._chosen[call.site].add(call, units)
 
-    def end_batch(self):
+    def end_batch(self, own, site):
         """ See :class:`.CallStatistic`. """
-        for site, (own, chosen) in self._chosen.items():
+        chosen = self._chosen.pop(site, None)
+        if chosen is not None:
             rows = chosen.rows()
             own['rows'] += len(rows)
-            waiting = self._waiting.setdefault(site, (own, []))[1]
+            waiting = self._waiting.setdefault(site, [])
             waiting.append(rows)
             if sum(map(len, waiting)) >= max(_WAITING, rows.shape[1] // 2):
-                self._flush(site)
-        self._chosen = {}
+                self._flush(own, site)
 
-    def finish(self):
+    def forget(self, site):
         """ See :class:`.CallStatistic`. """
-        self.end_batch()
-        for site in list(self._waiting):
-            self._flush(site)
+        self._chosen.pop(site, None)
+        self._waiting.pop(site, None)
 
-    def _flush(self, site):
-        own, waiting = self._waiting.pop(site)
+    def finish(self, own, site):
+        """ See :class:`.CallStatistic`. """
+        self.end_batch(own, site)
+        if site in self._waiting:
+            self._flush(own, site)
+
+    def _flush(self, own, site):
+        waiting = self._waiting.pop(site)
         rows = waiting[0] if len(waiting) == 1 else torch.cat(waiting)
         own['gram'] = gram(rows, 'columns', own.get('gram'))
         if 'sum' in self._fields:

@@ -10,6 +10,40 @@ from .spectrum import gram
 from .sums import sums
 
 
+class Gram:
+    """
+    The Gram matrix of the smaller side of a tensor, computed when it is asked for.
+
+    So that of many tensors one matrix at a time is there, which may be larger
+    than the tensor. It adds up over the parts that processes hold.
+
+    Args:
+        tensor (Tensor | Slice): of two or more dimensions, which does not change until then
+
+    Attributes:
+        shape (Tuple[int, int]): of the Gram matrix
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.statistics.tensors import Gram
+        >>> import torch
+        >>> own = Gram(torch.tensor([[3., 4.]]))
+        >>> own.shape, own.make().tolist()
+        ((1, 1), [[25.0]])
+    """
+
+    def __init__(self, tensor):
+        self._tensor = tensor
+        rows = tensor.shape[0]
+        size = min(rows, tensor.numel() // rows)
+        self.shape = (size, size)
+
+    def make(self):
+        """ The matrix (Tensor), float64, of the part that this process holds. All that share the tensor call it. """
+        part, share, side = part_for_gram(self._tensor)
+        matrix = gram(part, side)
+        return matrix if share == 1 else matrix.mul_(share)
+
+
 def grams(tensors: dict[str, torch.Tensor], fields: Collection[str]) -> dict[str, dict]:
     """
     The Gram matrix of the smaller side of each tensor.
@@ -19,27 +53,15 @@ def grams(tensors: dict[str, torch.Tensor], fields: Collection[str]) -> dict[str
         fields (Collection[str]): 'gram'
 
     Returns:
-        Dict[str, Dict[str, Tensor]]: float64, of the part that this process holds
+        Dict[str, Dict[str, Gram]]: to be made
 
     Example:
         >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.statistics.tensors import grams
         >>> import torch
-        >>> grams({'a': torch.tensor([[3., 4.]])}, ['gram'])['gram']['a'].tolist()
+        >>> grams({'a': torch.tensor([[3., 4.]])}, ['gram'])['gram']['a'].make().tolist()
         [[25.0]]
     """
-    found, error = {}, None
-    for name, tensor in tensors.items():
-        # All processes have to shard anew what all do, also if one has failed.
-        part, share, side = part_for_gram(tensor)
-        try:
-            found[name] = gram(part, side)
-            if share != 1:
-                found[name] *= share
-        except Exception as ex:
-            error = ex
-    if error is not None:
-        raise error
-    return {'gram': found}
+    return {'gram': {name: Gram(tensor) for name, tensor in tensors.items()}}
 
 
 # Which function makes which fields, each in one look at a tensor.

@@ -49,8 +49,9 @@ class Capture:
             the output of the call, the axis of its units, the values at which
             a unit of this function is dead, a tuple, and the output above
             which its input is positive.
-        on_error (Callable | None): called with an exception of ours, after
-            which this capture sees nothing more. By default it is raised.
+        on_error (Callable | None): called with the path of a module and the
+            exception where we failed to follow a call in it, which is not
+            seen then. By default the exception is raised.
         is_trained (Callable[[str, Parameter], bool] | None): whether an
             optimizer has a parameter that requires a gradient; by default all have one
         everything (bool): observe also activations without a trained layer before them
@@ -148,10 +149,10 @@ class Capture:
         try:
             function(*args)
         except Exception as ex:
-            self._broken = True
             if self._on_error is None:
+                self._broken = True
                 raise
-            self._on_error(ex)
+            self._on_error(self._modules.path, ex)
         finally:
             if outermost:
                 self._at_work = False
@@ -261,9 +262,11 @@ class Capture:
                 self._modules.pop()
 
     def _report(self, name, output, values, above, parts=(), is_hinge=False):
-        if not _can_be_read(output):
-            return
         trail, path = self._trails.get(output), self._modules.path
+        if not _can_be_read(output):
+            if _is_strange(output):
+                self.unseen[path] = f'{name} of a {type(output).__name__}, which has no numbers of its own'
+            return
         if trail is None:
             layer, nth, place, matrices = '', 0, (Part(default_axis(output), output.shape[default_axis(output)]),), ()
         else:
@@ -370,16 +373,23 @@ def _unseen():
 
 def _can_be_read(tensor):
     return (tensor.ndim > 0 and tensor.layout is torch.strided and tensor.is_floating_point()
-            and not tensor.is_meta and not tensor.is_nested and not _is_wrapper(tensor))
+            and not tensor.is_meta and not tensor.is_nested and not _is_fake(tensor) and not _is_strange(tensor))
 
 
-def _is_wrapper(tensor):
-    """ Whether it has no numbers of its own: a fake one, while a model is exported, or one that holds others. """
-    if type(tensor) in (torch.Tensor, torch.nn.Parameter):
+def _is_fake(tensor):
+    """ As while somebody only asks for shapes. """
+    if type(tensor) in _PLAIN:
         return False
     from torch._subclasses.fake_tensor import FakeTensor
+    return isinstance(tensor, FakeTensor)
+
+
+def _is_strange(tensor):
+    """ Whether it holds other tensors. """
+    if type(tensor) in _PLAIN:
+        return False
     from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-    return isinstance(tensor, FakeTensor) or is_traceable_wrapper_subclass(tensor)
+    return is_traceable_wrapper_subclass(tensor)
 
 
 @functools.lru_cache(maxsize=1024)

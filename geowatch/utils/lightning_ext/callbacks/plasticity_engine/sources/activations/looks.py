@@ -4,12 +4,13 @@ The look at a run's forward passes: a capture while a batch runs, for all window
 import math
 import weakref
 
+from ...faults import in_short
 from ...say import warn
 from ...statistics.calls import Call
 from ..weights import clean_name
 from .capture import Capture
 from .experts import alike, of_idle_siblings
-from .opening import is_open_elsewhere
+from .opening import is_open_elsewhere, know_exports
 from .window import Window
 
 
@@ -60,8 +61,9 @@ class Looks:
         self._capture = None
         self._looking = []
         self._refused = False
+        know_exports()
 
-    def open(self, metrics, fields, start=False):
+    def open(self, metrics, fields, start=False, **kwargs):
         """
         Open one window for all metrics that are due.
 
@@ -69,10 +71,11 @@ class Looks:
             metrics (List[str]): none is open already, but for the start
             fields (Collection[str]): additive ones that they need
             start (bool): it is of the network before its first step
+            **kwargs: see :class:`.window.Window`
         """
         if metrics:
             window = Window(metrics, fields, self._samples, self._processes, start,
-                            on_error=lambda failed: self._faults.fail(self._needing(metrics, failed)))
+                            on_error=lambda failed: self._faults.fail(self._needing(metrics, failed)), **kwargs)
             window.hidden = set()
             self.windows.append(window)
 
@@ -102,8 +105,8 @@ class Looks:
             # Known before it is opened, so that an interrupt finds it.
             own = weakref.ref(self)
             self._looking, self._alike = looking, alike(model)
-            self._capture = Capture(model, lambda *seen: own()._observe(*seen), lambda ex: own()._fail(), is_trained,
-                                    everything=False, names=self._names, parts=self._parts)
+            self._capture = Capture(model, lambda *seen: own()._observe(*seen), lambda *fault: own()._note(*fault),
+                                    is_trained, everything=False, names=self._names, parts=self._parts)
             self._capture.__enter__()
 
     def _observe(self, site, *seen):
@@ -114,8 +117,8 @@ class Looks:
                     with self._faults.spending(window.metrics):
                         window.add(call)
 
-    def _fail(self):
-        self._faults.fail(_names(self._looking))
+    def _note(self, path, ex):
+        self.unseen.setdefault(path, f'a call that failed: {in_short(ex)}')
 
     def look_away(self):
         """ Stop watching, and leave nothing behind. """
@@ -128,23 +131,26 @@ class Looks:
         self._faults.spent(_names(looking), capture.seconds)
         with self._faults.guard(_names(looking)):
             for window in looking:
-                self._judge(window, capture)
                 window.end_batch()
+                self._judge(window, capture)
 
     def _judge(self, window, capture):
         """ Which of the sites that were seen are hidden layers, as far as this batch tells. """
         window.hidden |= capture.hidden
-        window.apart |= capture.parts
+        window.apart |= dict.fromkeys(capture.parts)
         window.ran |= capture.ran
         window.idle |= {site: values for site, values in capture.empty.items() if site in capture.hidden}
         window.idle |= of_idle_siblings(self._alike, window)
         self.unseen.update(capture.unseen)
         self.unseen.update({site.module: f'{site.function} of what has no axis of units, as the scores of attention'
                             for site in capture.without_units & capture.hidden})
-        self.unseen.update({site.module: f'{site.function} of a changing number of units'
-                            for site in window.apart & window.hidden - capture.parts})
-        self._hidden |= window.hidden - window.apart
+        self._hidden |= window.hidden - window.apart.keys()
         self._called |= capture.values
+        self._name_left_out(window)
+
+    def _name_left_out(self, window):
+        self.unseen.update({site.module: f'{site.function} {why}' for site, why in window.apart.items()
+                            if why and site in window.hidden})
 
     def why_nothing(self):
         """ What there was to see (str), for a metric of activations that was never measured. """
@@ -176,6 +182,7 @@ class Looks:
 
     def close(self, window):
         """ Note that a window sees no more. """
+        self._name_left_out(window)
         self.windows = [other for other in self.windows if other is not window]
 
     def drop(self, name):

@@ -6,13 +6,26 @@ modes and stances may come and go in any order. So nothing here counts on being
 the last one in: a mode of ours lies below the user's, a stance of ours turns
 into the one that was there. Going back starts from whatever is on, so that it
 can be interrupted anywhere and done again.
+
+While torch.export follows the code of a model, all of it is off: Dynamo would
+follow our hooks as well, and take the model for one that is called otherwise.
 """
+import contextlib
+import functools
+import importlib
+import re
 import sys
 import threading
+import warnings
 
 import torch
 
-_open = {}  # id of an Opening to its thread
+_open = {}  # id of an Opening to itself
+# Of global hooks torch warns where a part of the model is a compiled module. Who makes errors of
+# warnings would get one in the middle of the model.
+_NEEDLESS = re.compile(r'Using `torch\.compile\(module\)` when there are global hooks')
+# What all of torch.export goes through.
+_EXPORT = 'torch.export._trace'
 
 
 class Opening:
@@ -22,6 +35,10 @@ class Opening:
     Args:
         mode (TorchFunctionMode):
         hooks (object): with ``attach()`` and ``detach()``, see :class:`.modules.Hooks`
+
+    Attributes:
+        is_on (bool): not while something is exported
+        thread (int | None): in which it is open
 
     Example:
         >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.opening import Opening
@@ -42,15 +59,36 @@ class Opening:
         self._hooks = hooks
         self._stance = self._stance_before = None
         self._wanted = None  # the stack of modes, while it is built anew
+        self._filters = []   # the warnings that are shown
+        self._silence = 'ignore', _NEEDLESS, UserWarning, None, 0
+        self.is_on = False
+        self.thread = None
 
     def open(self):
         """ Switch on; after an error, close() undoes what there is. """
-        _open[id(self)] = threading.get_ident()
+        self.thread = threading.get_ident()
+        _open[id(self)] = self
+        _look_out_for_exports()
+        self.switch_on()
+
+    def close(self):
+        """ Switch off whatever is on, for good. """
+        self.switch_off()
+        _open.pop(id(self), None)
+        if not _open:
+            _look_out_no_more()
+
+    def switch_on(self):
+        """ What open() does, again after switch_off(). """
+        self.is_on = True
         # Compiled code runs as written, where modes and hooks work; nothing is recompiled later.
         if 'torch._dynamo' in sys.modules and hasattr(torch.compiler, 'set_stance'):
             from torch._dynamo import eval_frame
             self._stance_before, self._stance = eval_frame._stance, eval_frame.DynamoStance('force_eager')
             eval_frame._set_stance(self._stance)
+        # Not by the function for it, after which warnings that were said once are said again.
+        self._filters = warnings.filters
+        self._filters.insert(0, self._silence)
         self._hooks.attach()
         self.push()
 
@@ -67,7 +105,7 @@ class Opening:
         if self._wanted is not None or any(mode is self._mode for mode in stack):
             self._build([mode for mode in stack if mode is not self._mode])
 
-    def close(self):
+    def switch_off(self):
         """ Switch off whatever is on. """
         self.pop()
         self._hooks.detach()
@@ -79,7 +117,10 @@ class Opening:
             if eval_frame._stance is self._stance:
                 eval_frame._set_stance(self._stance_before)
             self._stance = None
-        _open.pop(id(self), None)
+        # Whoever has copied the list meanwhile brings back the one that was there.
+        for filters in (self._filters, warnings.filters):
+            filters[:] = [one for one in filters if one is not self._silence]
+        self.is_on = False
 
     def _build(self, wanted):
         stack, self._wanted = _stack(), wanted
@@ -111,4 +152,44 @@ def is_open_elsewhere() -> bool:
         >>> is_open_elsewhere()
         False
     """
-    return any(thread != threading.get_ident() for thread in list(_open.values()))
+    return any(opening.thread != threading.get_ident() for opening in list(_open.values()))
+
+
+# --- what is exported meanwhile ---------------------------------------------------
+
+def know_exports():
+    """ Load what torch.export loads when it is first called: too late for a capture that is open then. """
+    with contextlib.suppress(Exception):
+        importlib.import_module(_EXPORT)
+
+
+def _look_out_for_exports():
+    trace = sys.modules.get(_EXPORT)
+    export = getattr(trace, '_export', None)
+    if export is not None and not hasattr(export, 'of_torch'):
+        trace._export = _without_us(export)
+
+
+def _look_out_no_more():
+    trace = sys.modules.get(_EXPORT)
+    export = getattr(trace, '_export', None)
+    if hasattr(export, 'of_torch'):
+        trace._export = export.of_torch
+
+
+def _without_us(export):
+    @functools.wraps(export)
+    def without_us(*args, **kwargs):
+        ours = [opening for opening in _open.values() if opening.is_on and opening.thread == threading.get_ident()]
+        for opening in ours:
+            opening.switch_off()
+        try:
+            return export(*args, **kwargs)
+        finally:
+            for opening in ours:
+                try:
+                    opening.switch_on()
+                except Exception:  # it sees no more
+                    opening.close()
+    without_us.of_torch = export
+    return without_us

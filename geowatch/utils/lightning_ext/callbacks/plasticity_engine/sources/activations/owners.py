@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from ..flat import Flattened, parameters_in
 from .axes import SLICES
 from .layers import LAYERS
 
@@ -72,39 +73,54 @@ class Owners:
         self.known = {}
         self._is_trained = is_trained or (lambda name, param: True)
         self._modules = {}
+        self._parameters = parameters_in(named[0][1]) if named else None
+        self._flat = []  # path, module, name and Flattened of what is another tensor in each forward pass
         for path, module in named:
             self._modules.setdefault(path, module)
-            for table in (module._parameters, module._buffers):
-                for name, tensor in table.items():
-                    if tensor is not None and id(tensor) not in self.known:
-                        self.known[id(tensor)] = self._owner(path, module, name, tensor)
+            for name, tensor in (*self._parameters(module).items(), *module._buffers.items()):
+                own = getattr(tensor, 'parameter', tensor)
+                if getattr(own, '_fsdp_flattened', False):
+                    self._flat.append((path, module, name, tensor))
+                elif own is not None and id(own) not in self.known:
+                    self.known[id(own)] = self._owner(path, module, name, tensor)
 
     def _owner(self, path, module, name, tensor):
-        is_param = isinstance(tensor, nn.Parameter)
+        is_param = isinstance(tensor, (nn.Parameter, Flattened))
         is_trained = is_param and tensor.requires_grad and self._is_trained(f'{path}.{name}' if path else name, tensor)
         return Owner(layer_of(path, module, name), (is_param and tensor.ndim > 1, is_trained, tensor.ndim),
                      not is_param)
 
-    def of_unknown(self, param, path):
+    @property
+    def are_flat(self):
+        """ Whether any parameter is another tensor in each forward pass (bool). """
+        return bool(self._flat)
+
+    def of_unknown(self, tensor, path):
         """
-        Sharding replaces parameters just before they are used.
+        Sharding replaces parameters just before they are used, FSDP1 by tensors of its buffers.
 
         Args:
-            param (Parameter):
+            tensor (Tensor):
             path (str): of the module that runs
 
         Returns:
-            Owner:
+            Owner | None: None if it is no parameter
         """
+        for flat_path, module, name, param in self._flat:
+            if getattr(module, name, None) is tensor:
+                return self._owner(flat_path, module, name, param)
+        if not isinstance(tensor, nn.Parameter) or getattr(tensor, '_is_flat_param', False):
+            return None
         module = self._modules.get(path)
         for name, own in module._parameters.items() if module is not None else ():
-            if own is param:
-                return self._owner(path, module, name, param)
-        return Owner(path, (param.ndim > 1, param.requires_grad, param.ndim), False)
+            if own is tensor:
+                return self._owner(path, module, name, tensor)
+        return Owner(path, (tensor.ndim > 1, tensor.requires_grad, tensor.ndim), False)
 
     def is_trained(self, path, module):
         """ Whether any weight (not a bias) of a module is trained. """
-        return any(self._owner(path, module, name, param).is_trained for name, param in module.named_parameters())
+        return any(self._owner(path, module, f'{part}.{name}' if part else name, param).is_trained
+                   for part, own in module.named_modules() for name, param in self._parameters(own).items())
 
     def made(self, name, inputs, owners, weight, outputs):
         """

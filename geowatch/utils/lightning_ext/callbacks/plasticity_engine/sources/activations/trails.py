@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from ..flat import calls_torch
 from .axes import MOVES, SLICES, Place, follow_units, units_in, whole
 from .layers import LAYERS, NORM_AXIS, layer_places
 from .owners import LOOKUPS, MASKS, Owners, slice_name
@@ -142,9 +143,9 @@ class Trails:
             if known is None:
                 owner = self._owners.known.get(id(x))
                 if owner is None:
-                    if isinstance(x, nn.Parameter):
+                    if isinstance(x, nn.Parameter) or self._owners.are_flat:
                         owner = self._owners.of_unknown(x, path)
-                    elif x.grad_fn is not None:
+                    if owner is None and x.grad_fn is not None:
                         self._note_opaque(x, path)
             else:
                 owner = known.owner
@@ -213,7 +214,7 @@ class Trails:
                 source, trail = max(found, key=lambda pair: (
                     pair[0].shape == outputs[0].shape, pair[0].ndim == outputs[0].ndim, bool(pair[1].place),
                     pair[1].run.order))
-        if name == 'detach':
+        if name == 'detach' and not calls_torch('deepspeed.'):
             pending, is_trained = _NONE, False
             root = root or next(self._order)
         for x in outputs:

@@ -8,6 +8,7 @@ import math
 
 import torch
 
+from ...faults import in_short
 from ...schedule import Poll
 from ...statistics import Totals
 from ...statistics.calls import Call, makers_of
@@ -18,6 +19,9 @@ class Window:
     """
     A measurement of activations that spans as many batches as it needs.
 
+    What fails at one site of several costs that site; what fails at all of them
+    is at fault itself.
+
     Args:
         metrics (List[str]): what it is for
         fields (Collection[str]): additive ones of the source 'activations'
@@ -26,13 +30,14 @@ class Window:
         start (bool): it is of the network before its first step
         on_error (Callable | None): called with the fields that have failed and
             are not made any more; by default an error is raised
+        takes (Callable[[Site, int, int], bool]): whether rows of a site are wanted, see :class:`.rows.Rows`
 
     Attributes:
         examples (int): seen so far
         batches (int): that went by, seen or not: the same on all processes
         hidden (Set[Site] | None): those that are hidden layers; None for all
-        apart (Set[Site]): those that are not, although they are hidden: only
-            part of an activation, or of units whose number changes
+        apart (Dict[Site, str | None]): those that are left out although they
+            are hidden, and why; None for what is only part of an activation
         ran (Set[str]): paths of modules that ran
         idle (Dict[Site, Tuple[float, ...]]): hidden layers that no sample has
             reached, and the values at which their units are dead
@@ -50,20 +55,23 @@ class Window:
         (6, False, [[0.0, 1.0]])
     """
 
-    def __init__(self, metrics, fields, samples, processes=1, start=False, on_error=None):
+    def __init__(self, metrics, fields, samples, processes=1, start=False, on_error=None,
+                 takes=lambda site, units, rows: True):
         self.metrics = metrics
         self.start = start
         self.wanted = math.ceil(samples / processes)
         self.examples = self.batches = 0
         self.poll = Poll()
         # The paper's 2000 rows, and enough for the rank of a wide layer.
-        self._makers = makers_of(fields, lambda units: math.ceil(max(samples, 8 * units) / processes))
+        self._makers = makers_of(fields, lambda units: math.ceil(max(samples, 8 * units) / processes), takes)
         self._on_error = on_error
         self.hidden = None
-        self.apart, self.ran = set(), set()
+        self.apart, self.ran = {}, set()
         self.idle, self.values = {}, {}
         self._units = {}
         self._sites = {}
+        self._seen = set()  # sites of this batch
+        self._failed = {}   # maker of statistics to a site of this batch to the error
         self._expected = None
         self._looked_at = ()  # the batch, and the examples it was thought to have
 
@@ -108,22 +116,22 @@ class Window:
         """
         site = call.site
         if self._units.setdefault(site, call.units) != call.units:
-            self.apart.add(site)
-            self._sites.pop(site, None)
+            self._leave_out(site, 'of a changing number of units')
         if site not in self.apart:
             self.values[site] = call.values
-            self._each('add', self._sites.setdefault(site, {}), call)
+            self._seen.add(site)
+            self._at_site('add', site, self._sites.setdefault(site, {}), call)
 
     def end_batch(self):
         """ Note that the batch is over. """
-        self._each('end_batch')
+        self._at_each_site('end_batch')
 
     def totals(self) -> Totals:
         """
         Returns:
             Totals: what has been seen so far of hidden layers
         """
-        self._each('finish')
+        self._at_each_site('finish')
         found = {site: own for site, own in self._sites.items()
                  if site not in self.apart and (self.hidden is None or site in self.hidden)}
         totals = {}
@@ -137,18 +145,54 @@ class Window:
 
     def _of_idle(self, field, others):
         """ Fields of layers without a sample: none of their units was ever away from a saturated value. """
-        idle = [(site, values) for site, values in self.idle.items() if values and site not in self._sites]
+        idle = [(site, values) for site, values in self.idle.items()
+                if values and site not in self._sites and site not in self.apart]
         if field == 'away':
             device = next((x.device for x in others.values()), 'cpu')
             return {site: torch.zeros(len(values), site.units, device=device) for site, values in idle}
         return {site: 0. for site, _ in idle} if field in {'samples', 'nonfinite'} else {}
 
+    def _leave_out(self, site, why):
+        self.apart[site] = why
+        self._sites.pop(site, None)
+        self._seen.discard(site)
+        self._each('forget', site)
+
     def _each(self, method, *args):
         for maker in list(self._makers):
             try:
                 getattr(maker, method)(*args)
-            except Exception:
-                if self._on_error is None:
-                    raise
-                self._makers.remove(maker)
-                self._on_error(maker.fields)
+            except Exception as ex:
+                self._give_up(maker, ex)
+
+    def _at_site(self, method, site, *args):
+        for maker in self._makers:
+            failed = self._failed.setdefault(maker, {})
+            if site not in failed:
+                try:
+                    getattr(maker, method)(*args)
+                except Exception as ex:
+                    if self._on_error is None:
+                        raise
+                    failed[site] = ex
+
+    def _at_each_site(self, method):
+        self._seen |= self._sites.keys()
+        for site, own in self._sites.items():
+            self._at_site(method, site, own, site)
+        for maker, failed in self._failed.items():
+            if failed and failed.keys() == self._seen:
+                self._give_up(maker, *failed.values())
+                failed.clear()
+        for site, ex in [pair for failed in self._failed.values() for pair in failed.items()]:
+            self._leave_out(site, f'that failed: {in_short(ex)}')
+        self._seen, self._failed = set(), {}
+
+    def _give_up(self, maker, ex, *others):
+        if self._on_error is None:
+            raise ex
+        self._makers.remove(maker)
+        try:
+            raise ex
+        except Exception:
+            self._on_error(maker.fields)
