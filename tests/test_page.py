@@ -94,7 +94,8 @@ def test_hostile_names_are_text(tmp_path, runs):
         settings.write_text(f'{settings.read_text()}{odd}\n')
         with open(folder / 'plasticity.jsonl', 'a') as file:
             file.write(json.dumps(line(f'mine{EVIL}', 0, 1.0, {EVIL: 1.0})) + '\n')
-        (folder / 'config.yaml').write_text('model: {class_path: geowatch.A}')  # so that there are commands
+        (folder / 'config.yaml').write_text(  # so that there are commands
+            settings.read_text() + 'model: {class_path: geowatch.A}')
         csv = folder / 'metrics.csv'
         csv.write_text(csv.read_text().replace('val_acc', '"val_acc' + EVIL.replace('"', '""') + '"'))
     text = report_on(tmp_path, tmp_path / 'runs' / runs).read_text()

@@ -6,7 +6,7 @@ import math
 import shlex
 
 from .grid import WEAK, cell_value, is_number, majority, setting_text
-from .settings import COMMON_SETTINGS, find_key
+from .settings import COMMON_SETTINGS, find_key, read_settings
 from .verdicts import larger_batch
 
 
@@ -168,15 +168,15 @@ def command(run, changes):
         >>> from geowatch.utils.lightning_ext.callbacks.plasticity_report.runs import Run
         >>> import ubelt as ub
         >>> dpath = ub.Path.appdir('geowatch/tests/command').ensuredir()
-        >>> _ = (dpath / 'config.yaml').write_text('')
-        >>> run = Run([dpath], {}, {'model.class_path': 'geowatch.tasks.A', 'optimizer.init_args.lr': 0.1}, [])
-        >>> command(run, {'learning rate': 0.03}).replace(str(dpath), 'run')
-        'geowatch fit --config=run/config.yaml --optimizer.init_args.lr=0.03'
+        >>> _ = (dpath / 'config.yaml').write_text('{model: {class_path: geowatch.tasks.A}, optimizer: {lr: 0.1}}')
+        >>> command(Run([dpath], {}, {}, []), {'learning rate': 0.03}).replace(str(dpath), 'run')
+        'geowatch fit --config=run/config.yaml --optimizer.lr=0.03'
     """
     config = run.folders[-1] / 'config.yaml'
-    keys = {title: find_key(run.settings, COMMON_SETTINGS.get(title, (title,))) for title in changes}
-    known = (str(run.settings.get('model.class_path', '')).startswith('geowatch.') and None not in keys.values()
-             and config.is_file())
-    line = shlex.join(['geowatch', 'fit', f'--config={config}',
-                       *(f'--{keys[title]}={setting_text(value)}' for title, value in changes.items())])
+    # Not of hparams.yaml too: what a network calls its settings is no flag.
+    settings, _ = read_settings(config.parent, (config.name,))
+    keys = [find_key(settings, COMMON_SETTINGS.get(title, (title,))) for title in changes]
+    flags = [f'--{key}={setting_text(value)}' for key, value in zip(keys, changes.values(), strict=True)]
+    line = shlex.join(['geowatch', 'fit', f'--config={config}', *flags])
+    known = str(settings.get('model.class_path', '')).startswith('geowatch.') and all(keys)
     return line if known and line.isprintable() else ''
