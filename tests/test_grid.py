@@ -174,6 +174,14 @@ def test_settings_that_are_no_numbers_have_no_edge():
     assert said(made) == ['Best: optimizer Adam, width b with val_acc 0.4.']
 
 
+@pytest.mark.parametrize('rates', [(5e-324, 1e-300, 1e300), (1e300, 1e307, 1.7e308), (-1., 0., 1.), (True, False, 2)])
+@pytest.mark.parametrize('best', [0, 1, 2, None])
+def test_settings_at_the_ends_of_what_floats_hold(rates, best):
+    cells = [GOOD if i == best else HIGH for i in range(3)]
+    texts = said(sweep(cells, cells, rates=rates, sizes=(1, 1.7e308)))
+    assert texts and not [text for text in texts if 'inf' in text or 'nan' in text]
+
+
 def test_noise_is_asked_whether_a_larger_batch_helps(monkeypatch):
     from geowatch.utils.lightning_ext.callbacks.plasticity_report import advice
     monkeypatch.setattr(advice, 'larger_batch', lambda runs: f'{len(runs)} runs say so.')

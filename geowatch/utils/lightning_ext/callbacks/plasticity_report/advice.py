@@ -103,7 +103,7 @@ def _next(table, grid, facet):
         if len(values) > 1 and all(is_number(value) and value > 0 for value in values):
             numbers = True
             if facet.best is None:
-                tries += [(title, values[0] / 10)] if title == x else []
+                tries += [(title, values[0] / 10)] if title == x and values[0] > 1e-300 else []
                 continue
             edge = {0: 'lowest', len(values) - 1: 'highest'}.get(k)
             at_edge += [f'the {edge} {title}'] if edge else []
@@ -127,17 +127,19 @@ def _beside(values, k):
         >>> _beside([0.01, 0.1, 1.0], 1), _beside([0.01, 0.1, 1.0], 2)
         ([0.03, 0.3], [10.0])
     """
+    logs = list(map(math.log, values))
     if k in (0, len(values) - 1):
-        inner = values[1] if k == 0 else values[-2]
-        return [_handy(values[k] * values[k] / inner, values)]
-    return [_handy(math.sqrt(values[k] * other), values) for other in (values[k - 1], values[k + 1])]
+        found = [2 * logs[k] - logs[1 if k == 0 else -2]]
+    else:
+        found = [(logs[k] + other) / 2 for other in (logs[k - 1], logs[k + 1])]
+    return [_handy(math.exp(x), values) for x in found if abs(x) < 690]  # as floats hold
 
 
 def _twice(values, k):
     """ Of a batch: twice or half of it beyond the end, in whole numbers, and nothing in between. """
     ends = ([values[k] / 2] if k == 0 else []) + ([values[k] * 2] if k == len(values) - 1 else [])
     whole = all(float(value).is_integer() for value in values)
-    return [int(value) if whole else value for value in ends if not whole or value >= 1]
+    return [int(value) if whole else value for value in ends if 0 < value < math.inf and (value >= 1 or not whole)]
 
 
 def _handy(value, taken):
