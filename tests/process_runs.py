@@ -189,6 +189,51 @@ def wrap_linear(module, recurse, nonwrapped_numel):
     return recurse or getattr(module, 'out_features', 0) == 12
 
 
+class Staged(Routed):
+    """ The two stages of a pipeline, with a layer that both have a copy of; of one process it has all. """
+
+    def configure_model(self):
+        self.stage = self.trainer.global_rank if self.trainer.world_size > 1 else None
+        del self.side
+        for name in {0: ('fc2', 'head'), 1: ('fc1', 'act')}.get(self.stage, ()):
+            delattr(self, name)
+
+    def both(self, x):
+        """ Of each stage what it makes: hidden features of the first, outputs of the second. """
+        if self.stage != 1:
+            x = self.act(self.fc1(x))
+        if self.stage is None:
+            return self.head(torch.relu(self.fc2(x)))
+        if self.stage == 0:
+            torch.distributed.send(x.detach(), 1)
+            return x
+        received = x.new_empty(len(x), 16)
+        torch.distributed.recv(received, 0)
+        self.received = received.requires_grad_(torch.is_grad_enabled())
+        return self.head(torch.relu(self.fc2(self.received)))
+
+    def training_step(self, batch, batch_idx):
+        found = self.both(batch)
+        if self.stage == 0:
+            gradient = torch.empty_like(found)
+            torch.distributed.recv(gradient, 1)
+            return (found * gradient).sum()
+        loss = (found - 1).square().sum() / 8
+        if self.stage == 1:
+            torch.distributed.send(torch.autograd.grad(loss, self.received, retain_graph=True)[0], 0)
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        self.both(batch)
+
+
+class Apart(pl.strategies.DDPStrategy):
+    """ Processes that share no layer. """
+
+    def configure_ddp(self):
+        pass
+
+
 def batches_of(rank, world, how, step=8):
     """ The part of one process of batches of 8 and a shorter last one. """
     parts = []
@@ -217,7 +262,7 @@ class Watch(Callback):
     def __init__(self):
         self.collectives = []
         self.writes = 0
-        self.step = 0
+        self.step = 'setup'
 
     def patch(self):
         for name in ('all_gather', 'all_reduce', 'broadcast', 'all_gather_object', 'barrier'):
@@ -294,12 +339,14 @@ def train_together(folder, strategy='ddp', how='even', fault=None, epochs=2, sle
         from toys import NAMES, register
         register()
         monitor = {'metrics': list(NAMES)}
-    net = make_net(Routed).double()
+    net = make_net(Staged if strategy == 'pipeline' else Routed).double()
     net.world = world
     net.always = strategy != 'ddp'  # sharding needs all layers on all processes
     replicas = world
     if world == 1:
         strategy = 'auto'
+    elif strategy == 'pipeline':
+        strategy, replicas = Apart(process_group_backend='gloo'), 1
     elif strategy.startswith('fsdp1'):
         # Of each layer a buffer, and one of what is left.
         strategy = OnCPU(process_group_backend='gloo', use_orig_params='flat' not in strategy,
