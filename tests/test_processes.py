@@ -25,7 +25,8 @@ class Ran:
         Path(folder).mkdir(exist_ok=True)
         defaults = {'strategy': 'ddp', 'how': 'even', 'fault': None, 'epochs': 2, 'sleep': 0., 'monitor': None,
                     'toys': 0, 'accumulate': 1}
-        self.codes = run_processes(train_together, count, str(folder), *{**defaults, **kwargs}.values(), seconds=seconds)
+        self.codes = run_processes(train_together, count, str(folder), *{**defaults, **kwargs}.values(),
+                                   seconds=seconds)
         self.said = [(Path(folder) / f'rank{rank}.txt').read_text() for rank in range(count)]
         assert self.codes == [0] * count, self.said
         self.ranks = [json.loads((Path(folder) / f'rank{rank}.json').read_text()) for rank in range(count)]
@@ -234,6 +235,7 @@ def test_stages_of_a_pipeline(tmp_path, source):
     same(got, expected)
     assert {line['metric'] for line in got} == set(TAGS)
     assert all(line['layers'].keys() == {'fc1', 'fc2', 'head'} for line in lines_of(got, 'erank'))
-    assert max(ran.collectives().values()) <= 2
+    # Of a step with two micro-batches the first only asks whether windows are full.
+    assert max(ran.collectives().values()) <= 2 + (source == 'train')
     first, second = ran.ranks
     assert second['values'] == pytest.approx(first['values'])
