@@ -485,12 +485,15 @@ def slices(folder, mesh_shape):
 class Mixed(torch.nn.Module):
     """ Kinds of weights whose numbers lie in a buffer in different ways. """
 
-    def __init__(self):
+    def __init__(self, is_made=False):
         super().__init__()
         self.conv = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
         self.experts = torch.nn.Parameter(torch.randn(3, 4, 5))
         self.wide = torch.nn.Linear(5, 7)
         self.tall = torch.nn.Linear(7, 3)
+        if is_made:
+            torch.nn.utils.parametrizations.weight_norm(self.wide)
+            torch.nn.utils.prune.l1_unstructured(self.tall, 'weight', 0.3)
 
     def forward(self, x):
         x = self.conv(x).relu().mean((2, 3))
@@ -514,7 +517,7 @@ def as_lists(totals):
             for (source, field), own in totals.items()}
 
 
-def flattened(folder, sharding, keeps):
+def flattened(folder, sharding, keeps, is_made):
     """ Statistics of what FSDP1 has flattened, after a backward pass, added up over the processes. """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
@@ -525,9 +528,29 @@ def flattened(folder, sharding, keeps):
     mesh = init_device_mesh('cpu', (2, together.count // 2)) if 'HYBRID' in sharding else None
     torch.manual_seed(0)
     model = FullyShardedDataParallel(
-        Mixed().double(), sharding_strategy=ShardingStrategy[sharding], use_orig_params=keeps, device_mesh=mesh,
+        Mixed(is_made).double(), sharding_strategy=ShardingStrategy[sharding], use_orig_params=keeps, device_mesh=mesh,
         device_id=torch.device('cpu'), auto_wrap_policy=lambda module, recurse, nonwrapped_numel: recurse or isinstance(
             module, torch.nn.Conv2d))
+    model(torch.randn(6, 3, 5, 5).double()).backward()
+    stats = statistics_of(model)
+    messages = together.exchange({'layout': layout_of([stats])})
+    (total,), _ = together.add_up([stats], [message['layout'] for message in messages])
+    if together.rank == 0:
+        with open(f'{folder}/found.json', 'w') as file:
+            json.dump(as_lists(total), file)
+    torch.distributed.destroy_process_group()
+
+
+def made_in_shards(folder):
+    """ Statistics of what a network makes of parameters that FSDP2 has sharded. """
+    from torch.distributed.fsdp import fully_shard
+
+    from geowatch.utils.lightning_ext.callbacks.plasticity_engine.processes import Processes, layout_of
+    torch.distributed.init_process_group('gloo')
+    together = Processes(torch.distributed.get_world_size(), 'cpu')
+    torch.manual_seed(0)
+    model = Mixed(is_made=True).double().to(memory_format=torch.contiguous_format)  # all that it takes
+    fully_shard(model, mesh=torch.distributed.init_device_mesh('cpu', (together.count,)))
     model(torch.randn(6, 3, 5, 5).double()).backward()
     stats = statistics_of(model)
     messages = together.exchange({'layout': layout_of([stats])})
