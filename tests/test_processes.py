@@ -265,3 +265,20 @@ def test_tensor_parallel_weights(tmp_path, one, count, source):
     same(ran.lines, [line for line in one['fsdp2', source] if line['metric'] in names])
     assert max(ran.collectives().values()) <= 2
     assert not any('Not watched' in said and 'erank' in said.partition('Not watched')[2] for said in ran.said)
+
+
+@pytest.mark.parametrize('source', ['train', 'validation'])
+def test_stages_of_a_pipeline(tmp_path, source):
+    """ Each process has layers of its own: the lines have all of them, and the network's value is that of all. """
+    kwargs = {'strategy': 'pipeline', 'accumulate': 2, 'monitor': {'source': source, 'layers': 'fc*,head,act'}}
+    whole, ran = (Ran(tmp_path / str(count), count, **kwargs) for count in (1, 2))
+    # One process alone takes the last batch of the epoch, which is all of its step, in chunks.
+    got, expected = ([line for line in own.lines if line['metric'] not in NOISE or line['step'] < 2]
+                     for own in (ran, whole))
+    same(got, expected)
+    assert {line['metric'] for line in got} == set(TAGS)
+    assert all(line['layers'].keys() == {'fc1', 'fc2', 'head'} for line in lines_of(got, 'erank'))
+    # Of a step with two micro-batches the first only asks whether windows are full.
+    assert max(ran.collectives().values()) <= 2 + (source == 'train')
+    first, second = ran.ranks
+    assert second['values'] == pytest.approx(first['values'])

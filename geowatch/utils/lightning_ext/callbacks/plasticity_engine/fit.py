@@ -49,7 +49,7 @@ from .sinks import Sinks
 from .sources.activations.looks import Looks, layer_paths
 from .sources.activations.modules import FUSED_FUNCTIONS
 from .sources.flat import stepped_by
-from .sources.weights import Trained, parameters_of, wanted, weights_of
+from .sources.weights import Trained, parameters_of, walk, wanted, weights_of
 from .steps import Steps
 from .verdict import Curves, words_on
 
@@ -183,11 +183,15 @@ class Fit:
             warn(f'no logger, so values go to {self.sinks.file.fpath} only')
         say(describe(module, self._trained.look(module), self.metrics, self.agenda.schedules, self._wants,
                      f'{self.source}, {self.settings.samples} examples', self._reason))
+        if self.processes.holders:
+            say(f'PlasticityMonitor: as stages of a pipeline, {self.processes.count} processes have layers of their '
+                'own, which are measured too')
 
     def _check_patterns(self, module):
         weights = weights_of(module, self._trained.look(module))
-        names = dict.fromkeys([*weights, *(getattr(weight, 'of', '') for weight in weights.values()),
-                               *layer_paths(module)])
+        # Of all weights, since others may be trained later; what a pipeline has elsewhere counts too.
+        names = self.processes.meet([*weights, *(getattr(weight, 'of', '') for weight in weights.values()),
+                                     *(name for name, _, _ in walk(module)), *layer_paths(module)])
         for pattern in self.settings.patterns:
             if not any(pattern.match(name) for name in names):
                 raise PlasticityConfigError(

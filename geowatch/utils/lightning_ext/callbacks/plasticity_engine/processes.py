@@ -13,7 +13,8 @@ import itertools
 import json
 import math
 import zlib
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
@@ -39,6 +40,8 @@ class Processes:
     Attributes:
         count (int): how many
         rank (int): which of them this is
+        replicas (int): how many have a layer, where stages of a pipeline have layers of their own; else all
+        holders (Dict[str, int]): name to how many have it, of what not all of them have
 
     Example:
         >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.processes import Processes
@@ -50,11 +53,41 @@ class Processes:
     def __init__(self, count: int, device: torch.device):
         self.count = count if dist.is_available() and dist.is_initialized() else 1
         self.rank = dist.get_rank() if self.count > 1 else 0
+        self.replicas, self.holders = self.count, {}
         self._device = device
         if self.count > 1:
             self._mine = torch.zeros(_MESSAGE, dtype=torch.uint8, device=device)
             self._theirs = [torch.zeros_like(self._mine) for _ in range(self.count)]
             self._numbers = torch.zeros(_NUMBERS, dtype=torch.float64, device=device)
+
+    def meet(self, names: Iterable[str]) -> set[str]:
+        """
+        Learn which layers each process has. All of them have to call it.
+
+        Args:
+            names (Iterable[str]): of the layers of this process
+
+        Returns:
+            Set[str]: of all of them
+        """
+        counts = Counter(itertools.chain.from_iterable(
+            message['names'] for message in self.exchange({'names': sorted(set(names))}, lambda: {'names': []})))
+        self.holders = {name: count for name, count in counts.items() if count < self.count}
+        self.replicas = min(self.holders.values(), default=self.count)
+        return set(counts)
+
+    def share_of(self, layer: str, is_sharded: bool) -> float:
+        """
+        By what to multiply statistics of a layer on each process that has it, so that the sum is that of the layer.
+
+        Args:
+            layer (str): its name
+            is_sharded (bool): whether they are already shares among all processes
+
+        Returns:
+            float: 1. for a layer in shards that all processes have
+        """
+        return (self.count if is_sharded else 1) / self.holders.get(layer, self.count)
 
     def exchange(self, message: dict, otherwise: Callable | None = None) -> list[dict]:
         """

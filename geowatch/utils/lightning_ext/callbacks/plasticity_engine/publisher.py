@@ -133,13 +133,14 @@ class Publisher:
                 'has': [[] for _ in readings], 'examples': [0 for _ in readings], 'layout': [],
                 'spent': self._fit.budget.numbers(), 'unseen': {}}
 
-    @staticmethod
-    def _is_complete(reading, examples):
+    def _is_complete(self, reading, examples):
         """ Whether all processes have seen enough; where they have not, the next question comes later. """
         window = reading.window
         if window is None:
             return True
-        reading.examples = sum(examples)
+        # All stages of a pipeline see the same ones.
+        processes = self._fit.processes
+        reading.examples = sum(examples) * processes.replicas // processes.count
         if reading.final:
             return True
         progress = min(examples) / window.wanted
