@@ -75,14 +75,17 @@ class Publisher:
         kept = []
         for index, reading in enumerate(readings):
             reading.metrics = [name for name in reading.metrics if name in fit.metrics]
-            if reading.metrics and self._is_complete(reading, [message['examples'][index] for message in messages]):
+            # Those that have the same data have seen the same examples.
+            examples = {message['replica']: message['examples'][index] for message in messages}
+            if reading.metrics and self._is_complete(reading, list(examples.values())):
                 kept.append(index)
         needed = {(index, key) for index in kept
                   for key in additive_keys([fit.metrics[name] for name in readings[index].metrics])}
         layouts = [[entry for entry in layout if (entry[0], (entry[1], entry[2])) in needed] for layout in layouts]
         sums, lost = fit.processes.add_up(
             [reading.parts for reading in readings], layouts,
-            on_error=lambda source, field: fit.faults.fail(needing(fit.metrics, source, [field])))
+            on_error=lambda source, field: fit.faults.fail(needing(fit.metrics, source, [field])),
+            replicas=[message['replica'] for message in messages])
         # Where it failed says so when it is asked next.
         self._drop(name for source, field in lost for name in needing(fit.metrics, source, [field]))
         for index in kept:
@@ -95,7 +98,7 @@ class Publisher:
         fit = self._fit
         try:
             return {
-                'failed': sorted(fit.faults.failed), 'now': time.monotonic(),
+                'failed': sorted(fit.faults.failed), 'now': time.monotonic(), 'replica': fit.processes.replica,
                 'has': [[name for name in reading.metrics if name in fit.metrics and reading.has(fit.metrics[name])]
                         for reading in readings],
                 'examples': [reading.window and reading.window.examples for reading in readings],
@@ -107,7 +110,8 @@ class Publisher:
     def _failing(self, readings):
         """ What the others hear from this process inside an except block, whatever is wrong here. """
         self._fit.faults.fail(list(self._fit.metrics))
-        return {'failed': sorted(self._fit.faults.failed), 'now': time.monotonic(), 'has': [[] for _ in readings],
+        return {'failed': sorted(self._fit.faults.failed), 'now': time.monotonic(),
+                'replica': self._fit.processes.replica, 'has': [[] for _ in readings],
                 'examples': [0 for _ in readings], 'layout': [], 'spent': None, 'unseen': {}}
 
     @staticmethod

@@ -131,6 +131,8 @@ class Rows(CallStatistic):
 
     def add(self, own, call):
         """ See :class:`.CallStatistic`. """
+        if call.is_part:  # products of units of different processes are missing
+            return
         units = min(call.units, MAX_UNITS)
         if call.site not in self._chosen:
             taken = int(own.setdefault('rows', 0.))

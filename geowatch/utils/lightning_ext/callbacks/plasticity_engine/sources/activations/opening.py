@@ -25,11 +25,11 @@ _EXPORT = 'torch.export._trace'
 
 class Opening:
     """
-    A mode, two hooks of all modules, and code that runs as it is written.
+    A mode, hooks of torch, and code that runs as it is written.
 
     Args:
         mode (TorchFunctionMode):
-        hooks (object): with ``attach()`` and ``detach()``, see :class:`.modules.Hooks`
+        *hooks (object): with ``attach()`` and ``detach()``, see :class:`.modules.Hooks`
 
     Attributes:
         is_on (bool): not while something is exported
@@ -49,7 +49,7 @@ class Opening:
         >>> assert _get_current_function_mode() is None
     """
 
-    def __init__(self, mode, hooks):
+    def __init__(self, mode, *hooks):
         self._mode = mode
         self._hooks = hooks
         self._stance = self._stance_before = None
@@ -79,7 +79,8 @@ class Opening:
             from torch._dynamo import eval_frame
             self._stance_before, self._stance = eval_frame._stance, eval_frame.DynamoStance('force_eager')
             eval_frame._set_stance(self._stance)
-        self._hooks.attach()
+        for hooks in self._hooks:
+            hooks.attach()
         self.push()
 
     def push(self):
@@ -98,7 +99,8 @@ class Opening:
     def switch_off(self):
         """ Switch off whatever is on. """
         self.pop()
-        self._hooks.detach()
+        for hooks in self._hooks:
+            hooks.detach()
         if self._stance is not None:
             from torch._dynamo import eval_frame
             # Whoever will restore ours, since it was on when theirs came, restores what was there before.
