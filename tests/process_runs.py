@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 from geowatch.utils.lightning_ext.callbacks.plasticity import PlasticityMonitor
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine import processes, publisher
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sinks import JsonLines
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations import sharded
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.statistics import calls as statistics_of_calls
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.statistics import tensors
 from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import METRICS
@@ -334,6 +335,7 @@ def train_together(folder, strategy='ddp', how='even', fault=None, epochs=2, sle
         loader = Short if how == 'short' else DataLoader
         trainer.fit(net, loader(batches_of(replica, replicas, how), batch_size=None),
                     DataLoader(validation, batch_size=None))
+    assert not sharded._of_torch and not sharded._listening  # DTensor is as it was
     with open(f'{folder}/rank{rank}.json', 'w') as file:
         values = {key: float(x) for key, x in trainer.callback_metrics.items() if 'plasticity' in key}
         json.dump({'steps': trainer.global_step, 'collectives': watch.collectives, 'writes': watch.writes,

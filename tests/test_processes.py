@@ -249,9 +249,8 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.parametrize('count, plan, source', [
-    (2, 'units', 'train'), (2, 'units', 'validation'), (2, 'units, DTensor', 'train'),
-    (2, 'units, DTensor', 'validation'), (2, 'samples', 'validation'), (2, 'samples, DTensor', 'train'),
-    (4, 'units', 'train')])
+    (2, 'units', 'train'), (2, 'units', 'validation'), (2, 'units, DTensor', 'validation'),
+    (2, 'samples', 'validation'), (2, 'samples, DTensor', 'train'), (4, 'units', 'train')])
 def test_tensor_parallel_activations(tmp_path, whole, count, plan, source):
     """ Units of all processes are joined, and what several have alike counts once. """
     ran = Ran(tmp_path, count, strategy=f'tensor parallel by {plan}', epochs=1,

@@ -290,7 +290,7 @@ class Capture:
             self._trails.activate(output, name, (site,), parts)
             return
         if local is not output:
-            shards = shards_of(output, place)
+            shards = shards_of(output, place, matrices)
             place = follow_units('to_local', (), {}, output, place, local)
         with _unseen(), torch.no_grad():
             pieces = [(layer, local.detach().as_subclass(torch.Tensor), place)]

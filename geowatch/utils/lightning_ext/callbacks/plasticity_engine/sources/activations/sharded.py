@@ -48,13 +48,19 @@ class Shards(NamedTuple):
         return Shards(int(numbers[0]), own, int(numbers[1]), self.samples)
 
 
-def shards_of(tensor, place: Place) -> Shards | None:
+def is_summand(tensor) -> bool:
+    """ Whether a DTensor is the sum of what processes have. """
+    return any(placement.is_partial() for placement in tensor.placements)
+
+
+def shards_of(tensor, place: Place, matrices: Place = ()) -> Shards | None:
     """
     Which part of a DTensor this process has.
 
     Args:
         tensor (DTensor):
         place (Place): of its units
+        matrices (Place): of the matrices of its layer, if that has several
 
     Returns:
         Shards | None: None if it has all
@@ -64,16 +70,17 @@ def shards_of(tensor, place: Place) -> Shards | None:
     """
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
     placements, mesh = tensor.placements, tensor.device_mesh
-    if any(placement.is_partial() for placement in placements):
-        raise ValueError('Expected numbers, but got summands of them, as before an all-reduce')
-    axes = [placement.dim % tensor.ndim if placement.is_shard() else None for placement in placements]
+    axes = [placement.dim % tensor.ndim if placement.is_shard() and size > 1 else None
+            for placement, size in zip(placements, mesh.shape, strict=True)]
     own = [part for part in place if part.axis in axes]
     samples = tuple(i for i, axis in zip(mesh.get_coordinate(), axes, strict=True)
                     if axis is not None and axis not in {part.axis for part in own})
+    if is_summand(tensor) or any(part.axis in axes for part in matrices):
+        raise ValueError(f'Expected processes to have units or samples, but got {placements}')
     if not own:
         return Shards(samples=samples) if samples else None
     if own != [place[0]] or own[0].size != tensor.shape[own[0].axis]:
-        raise ValueError(f'Expected each process to have units that are neighbours, but got {placements}')
+        raise ValueError(f'Expected processes to have units that are neighbours, but got {placements}')
     shape, offsets = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
     axis, others = own[0].axis, math.prod(part.size for part in place[1:])
     return Shards(offsets[axis] * others, shape[axis] * others, tensor.shape[axis] * others, samples)

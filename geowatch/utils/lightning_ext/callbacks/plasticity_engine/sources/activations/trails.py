@@ -16,7 +16,7 @@ from .axes import MOVES, SLICES, Place, follow_units, units_in, whole
 from .layers import LAYERS, NORM_AXIS, layer_places
 from .owners import LOOKUPS, MASKS, Owners, slice_name
 from .products import OPERANDS, PRODUCTS, follow_product
-from .sharded import Shards, shards_of
+from .sharded import Shards, is_summand, shards_of
 from .written import CASTS, COMPARISONS
 
 _NONE = frozenset()
@@ -253,9 +253,13 @@ class Trails:
         """
         trail = self.get(source)
         if trail is not None:
+            shards = None
+            if name == 'to_local':
+                if is_summand(source):
+                    return
+                shards = shards_of(source, trail.place, trail.matrices)
             moved = self._moved(name, (), {}, source, trail, output, trail.pending, trail.is_trained, None, None)
-            is_part = name == 'to_local'
-            self.remember(output, moved._replace(shards=shards_of(source, trail.place) if is_part else None))
+            self.remember(output, moved._replace(shards=shards))
 
     # --- layers ------------------------------------------------------------------
 
