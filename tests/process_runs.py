@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader
 from geowatch.utils.lightning_ext.callbacks.plasticity import PlasticityMonitor
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine import processes, publisher, rota
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.lines import JsonLines
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations import sharded
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.statistics import calls as statistics_of_calls
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.statistics import tensors
 from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import METRICS
@@ -234,6 +235,42 @@ class Apart(pl.strategies.DDPStrategy):
         pass
 
 
+class Split(Net):
+    """ Its layers are split over processes in one of several ways, by units or by samples; some units are dead. """
+    plan, shard, world, always = None, False, 1, True
+
+    def __init__(self):
+        super().__init__()
+        with torch.no_grad():
+            self.fc1.bias[[0, 1, 15]] = self.fc2.bias[[5, 11]] = -100
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) * self.world
+
+    def forward(self, x):
+        return super().forward(x[:len(x) // 2 * 2])  # local tensors have to be of one size
+
+    def configure_model(self):
+        if self.plan:
+            from torch.distributed.tensor import Replicate, Shard
+            from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+            plans = {
+                'units': {'fc1': ColwiseParallel(), 'fc2': RowwiseParallel()},
+                'units, DTensor': {
+                    'fc1': ColwiseParallel(use_local_output=False), 'fc2': RowwiseParallel(use_local_output=False),
+                    'head': RowwiseParallel(input_layouts=Replicate())},
+                'samples': {'fc1': ColwiseParallel(output_layouts=Shard(0)),
+                            'fc2': ColwiseParallel(input_layouts=Shard(0)), 'head': RowwiseParallel()},
+                'samples, DTensor': {
+                    'fc1': ColwiseParallel(output_layouts=Shard(0), use_local_output=False),
+                    'fc2': ColwiseParallel(input_layouts=Shard(0), use_local_output=False), 'head': RowwiseParallel()}}
+            parallelize_module(self, self.device_mesh['tensor_parallel'], plans[self.plan])
+        if self.shard:
+            from torch.distributed.fsdp import fully_shard
+            for layer in (self.fc1, self.fc2, self.head):
+                fully_shard(layer, mesh=self.device_mesh['data_parallel'])
+
+
 def batches_of(rank, world, how, step=8):
     """ The part of one process of batches of 8 and a shorter last one. """
     parts = []
@@ -351,7 +388,8 @@ def train_together(folder, strategy='ddp', how='even', fault=None, epochs=2, sle
         from toys import NAMES, register
         register()
         monitor = {'metrics': list(NAMES)}
-    net = make_net(Staged if strategy == 'pipeline' else Routed).double()
+    strategy, _, plan = strategy.partition(' by ')
+    net = make_net(Staged if strategy == 'pipeline' else Split if plan else Routed).double()
     net.world = world
     net.always = strategy != 'ddp'  # sharding needs all layers on all processes
     replicas = world
@@ -371,7 +409,7 @@ def train_together(folder, strategy='ddp', how='even', fault=None, epochs=2, sle
     elif strategy == 'ddp':
         strategy = pl.strategies.DDPStrategy(process_group_backend='gloo', find_unused_parameters=True)
     else:
-        net.tensor_parallel = strategy == 'tensor parallel'
+        net.tensor_parallel, net.plan = strategy == 'tensor parallel', plan
         replicas = world // 2 if net.tensor_parallel else world
         net.shard = replicas > 1
         net.world = replicas
@@ -394,6 +432,7 @@ def train_together(folder, strategy='ddp', how='even', fault=None, epochs=2, sle
         loader = Short if how == 'short' else DataLoader
         trainer.fit(net, loader(batches_of(replica, replicas, how), batch_size=None),
                     DataLoader(validation, batch_size=None))
+    assert not sharded._of_torch and not sharded._listening  # DTensor is as it was
     with open(f'{folder}/rank{rank}.json', 'w') as file:
         values = {key: float(x) for key, x in trainer.callback_metrics.items() if 'plasticity' in key}
         json.dump({'steps': trainer.global_step, 'collectives': watch.collectives, 'writes': watch.writes,

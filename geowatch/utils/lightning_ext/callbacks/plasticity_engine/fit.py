@@ -28,6 +28,7 @@ from .lightning import (
     is_last_validation,
     is_over,
     may_be_last,
+    replica_of,
     resolve,
     step_of,
     steps_until_an_end,
@@ -89,7 +90,7 @@ class Fit:
         self.moment = Moment(-1, None, False)
         self.last = LastStep()
         self.first_step = None
-        self.processes = Processes(trainer.world_size, trainer.strategy.root_device)
+        self.processes = Processes(trainer.world_size, trainer.strategy.root_device, replica_of(trainer))
         # Some loggers broadcast here, so that every rank has to ask.
         self._log_dir, self._nth = trainer.log_dir, nth
         self.curves = Curves(trainer)
@@ -97,8 +98,7 @@ class Fit:
                            [('The warnings', Alarms(trainer).look), ('The verdict', self.curves.add)])
         self.budget = Budget(*_THRIFT) if settings.budget is None else Budget(settings.budget)
         self.faults = Faults(self.processes.rank, self.budget)
-        self.looks = Looks(settings.samples, self.processes.count, self._wants, self.faults, self._needing,
-                           self._names)
+        self.looks = Looks(settings.samples, self.processes, self._wants, self.faults, self._needing, self._names)
         self.steps = Steps(self)
         self.agenda = self.publisher = None  # until the checkpoint is read
         self._restored = {}      # the state of a checkpoint, if the run goes on from one

@@ -43,7 +43,7 @@ class Steps:
             fields = [field for source, field in keys if source == name]
             if fields:
                 source = self._open.get(name) or self._lasting.get(name) or cls(
-                    fields, self._guard, fit.processes.replicas, scaler_of(fit.trainer))
+                    fields, self._guard, fit.processes.holding, scaler_of(fit.trainer))
                 source.begin_step(step, fields)
                 self._open[name] = source
                 if cls.lasts:
@@ -170,7 +170,7 @@ class Steps:
             if is_part and holders is not None and not source.are_parts:
                 x = x * processes.share_of(layer, has_part)
             # Of what stages share, as tied embeddings, a process sees the gradients of its own stage alone.
-            if not source.are_parts or (holders or processes.count) == processes.replicas:
+            if not source.are_parts or (holders or processes.count) == processes.holding:
                 totals.setdefault((source.name, field), {})[layer] = x
 
     def close(self):

@@ -46,6 +46,7 @@ class Call:
         self.units = output.shape[self.axis]
         self.samples = output.numel() // max(self.units, 1)
         self.others = [dim for dim in range(output.ndim) if dim != self.axis]
+        self.is_part = getattr(site, 'offset', None) is not None
         self._extremes = self._nonfinite = None
 
     def extremes(self):
