@@ -257,7 +257,7 @@ def test_curves_are_short_whatever_the_run(tmp_path, capsys):
     curves = verdict.Curves(trainer)
     for step in range(-1, 10_000):
         curves.add({}, step, [{'metric': 'weight_mag', 'step': step, 'epoch': 0, 'value': 1., 'samples': None,
-                               'layers': {}}])
+                               'time': 0., 'layers': {}}])
     (curve,) = curves._metrics.values()
     assert len(curve) <= verdict.MOST_POINTS
     assert list(curve)[0] == -1 and list(curve)[-1] == 9_999

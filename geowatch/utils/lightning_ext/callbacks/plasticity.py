@@ -26,6 +26,7 @@ except ImportError:
     _BASES = (pl.Callback,)
 
 SOURCES = ('auto', 'validation', 'train')
+_NOTHING = None, None, {}  # as of Fit.measured
 
 
 class PlasticityMonitor(*_BASES):
@@ -118,6 +119,7 @@ class PlasticityMonitor(*_BASES):
         self.budget = budget
         self._fit = None
         self._run = None  # of the last fit, with which the next may go on
+        self._measured = _NOTHING  # in the last fit, for who asks when it is over
         self._settings = self._read()
 
     def _read(self):
@@ -142,7 +144,7 @@ class PlasticityMonitor(*_BASES):
 
     def __getstate__(self):
         # A copy is of the settings: what a fit has opened belongs to that fit.
-        return {**vars(self), '_fit': None, '_run': None}
+        return {**vars(self), '_fit': None, '_run': None, '_measured': _NOTHING}
 
     @property
     def state_key(self):
@@ -151,6 +153,17 @@ class PlasticityMonitor(*_BASES):
                if getattr(self, name) != _DEFAULTS[name].default}
         return self._generate_state_key(**own) if own else super().state_key
 
+    @property
+    def history(self):
+        """
+        What the last fit has measured so far (pandas.DataFrame), as of
+        :func:`.plasticity_report.load`: from the run's file with every layer,
+        or, where there is none, the course of the network's values from
+        memory. Empty before a fit, and on all processes but the first.
+        """
+        from .plasticity_report.frames import history
+        return history(*(self._measured if self._fit is None else self._fit.measured()))
+
     # --- the hooks of Lightning, in the order in which they are called -----
 
     def setup(self, trainer, pl_module, stage):
@@ -158,7 +171,7 @@ class PlasticityMonitor(*_BASES):
         self._hand_over(Fit.interrupt)  # of a run that ended where none of our hooks was called
         if stage == 'fit':
             is_off = util_environ.envflag('DISABLE_PLASTICITY_MONITOR')
-            self._fit = None
+            self._fit, self._measured = None, _NOTHING
             own = [callback for callback in trainer.callbacks if isinstance(callback, PlasticityMonitor)]
             if self.why_one and len(own) > 1:
                 raise PlasticityConfigError(f'Expected PlasticityMonitor once, but got it from {self.why_one}')
@@ -230,6 +243,8 @@ class PlasticityMonitor(*_BASES):
     def teardown(self, trainer, pl_module, stage):
         log_dir = self._hand_over(Fit.end)
         self._run = None if self._fit is None else self._fit.run
+        if self._fit is not None:
+            self._measured = self._hand_over(Fit.measured) or _NOTHING
         self._fit = None
         if log_dir is not None:
             say(f'To see the plasticity of this run: {report_command(log_dir)}', uncut=True)

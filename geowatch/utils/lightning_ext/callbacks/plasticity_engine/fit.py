@@ -416,6 +416,10 @@ class Fit:
             say(line)
         return self.sinks.folder if self.publisher.measured else None
 
+    def measured(self):
+        """ Where its lines are, of which run, and their outline, which outlive it: nothing of the trainer. """
+        return self.sinks.folder, self.run, self.curves.outline()
+
     def state_dict(self):
         """ What a checkpoint needs: plain values. """
         return {} if self.publisher is None else self.saved.make()

@@ -62,7 +62,8 @@ class Curves:
         from ..plasticity_report.runs import Point
         for row in rows:
             value = float('nan') if row['value'] is None else row['value']
-            self._put(self._metrics, row['metric'], step, Point(step, row['epoch'], value, row['samples'], {}))
+            self._put(self._metrics, row['metric'], step, Point(
+                step, row['epoch'], value, row['samples'], {}, row['time']))
         if step >= 0:
             self._note(step)
 
@@ -81,6 +82,10 @@ class Curves:
         curve[step] = x
         if len(curve) > MOST_POINTS:
             thin(curve)
+
+    def outline(self):
+        """ The metrics without their layers (Dict[str, List[Point]]), plain numbers. """
+        return {name: list(curve.values()) for name, curve in self._metrics.items()}
 
     def verdict(self):
         """

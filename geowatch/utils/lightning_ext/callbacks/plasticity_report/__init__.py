@@ -9,16 +9,25 @@ CommandLine:
     python -m geowatch.cli.plasticity_report 'runs/lr*' --under=val_acc --x=epoch
     python -m geowatch.cli.plasticity_report 'runs/lr*' --format=csv
 """
+import importlib
 import shlex
 import sys
 
 import scriptconfig as scfg
 import ubelt as ub
 
-__all__ = ['PlasticityReportCLI', 'report_command', 'write_report_script']
+__all__ = ['Comparison', 'PlasticityReportCLI', 'compare', 'load', 'report_command', 'write_report_script']
 
+# For Python and notebooks, and where they are: the command needs none of it.
+_LAZY = {'Comparison': 'comparison', 'compare': 'comparison', 'load': 'frames'}
 # The host imports GDAL first unless it is told not to, and drawing needs none.
 _COMMAND = 'GEOWATCH_PREIMPORT=0 python -m geowatch.cli.plasticity_report'
+
+
+def __getattr__(name):
+    if name not in _LAZY:
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    return getattr(importlib.import_module(f'.{_LAZY[name]}', __name__), name)
 
 
 class PlasticityReportCLI(scfg.DataConfig):

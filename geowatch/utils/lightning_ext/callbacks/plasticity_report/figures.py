@@ -1,6 +1,7 @@
 """
 The pictures as PNG files, drawn with matplotlib and without its global state.
 """
+import io
 import itertools
 import math
 import re
@@ -42,20 +43,51 @@ def draw_all(table, out, x='step'):
     Returns:
         Tuple[List[Path], List[str]]: what was written, and a line on each that could not be drawn
     """
+    with _fonts():
+        return _write(_pictures(table, x), out)
+
+
+def draw(table, name, x='step'):
+    """
+    One of the pictures, such as a notebook shows.
+
+    Args:
+        table (Table): of the runs
+        name (str): of the file without .png: 'grid', 'panels', a metric, or 'layers-' and a metric
+        x (str): 'step' or 'epoch'
+
+    Returns:
+        matplotlib.figure.Figure | None: None where runs differ in no setting, or in no layer
+
+    Raises:
+        ReportError: if there is no such picture, or no matplotlib
+    """
+    with _fonts():
+        pictures = dict(_pictures(table, x))
+        if name not in pictures:
+            raise ReportError(f'Expected one of the pictures {", ".join(pictures)}, but got {readable(repr(name))}')
+        return pictures[name]()
+
+
+def _fonts():
     try:
         import matplotlib
     except ImportError as ex:
         raise ReportError(f"The pictures need matplotlib: pip install 'geowatch-plasticity[report]' ({ex})") from None
-    with matplotlib.rc_context({'font.family': families()}):
-        return _write(table, list(map(_drawable, table.labels())), out, x)
+    return matplotlib.rc_context({'font.family': families()})
 
 
-def _write(table, labels, out, x):
-    names = in_order(table.runs)
+def _pictures(table, x):
+    """ Names, and what draws them. """
+    labels, names = list(map(_drawable, table.labels())), in_order(table.runs)
     pictures = [('grid', partial(_draw_grid, table)), ('panels', partial(_draw_panels, table, labels, x))]
     pictures += [(name, partial(_draw_metric, table, labels, name, x)) for name in names]
     pictures += [(f'layers-{name}', partial(_draw_layers, table.runs[0], labels[0], name, x) if len(table.runs) == 1
                   else partial(_draw_layer_curves, table, labels, name, x)) for name in names]
+    return pictures
+
+
+def _write(pictures, out):
     paths, left_out = [], []
     for name, draw in pictures:
         # A name of a file has 255 bytes.
@@ -87,7 +119,16 @@ def _drawable(text):
 
 def _figure(width, height):
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(width, height), layout='constrained')
+
+    class Picture(Figure):
+        """ Which a notebook shows without pyplot. """
+
+        def _repr_png_(self):
+            file = io.BytesIO()
+            self.savefig(file, dpi=100, facecolor='white')
+            return file.getvalue()
+
+    figure = Picture(figsize=(width, height), layout='constrained')
     figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08, hspace=0.03, wspace=0.03)
     return figure
 

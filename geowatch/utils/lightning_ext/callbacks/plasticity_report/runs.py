@@ -137,6 +137,21 @@ def load_runs(patterns):
     return runs, missing
 
 
+def load_run(folder, run):
+    """
+    Read what one folder has of one run.
+
+    Args:
+        folder (Path): with a file of measurements
+        run (str): as its lines say
+
+    Returns:
+        Run | None: None where it has none
+    """
+    part = next((part for part in _load_parts(folder) if part.run == run), None)
+    return part and dataclasses.replace(_join([part]), name=readable(folder.name))
+
+
 def _log_folders(path):
     if path.is_file():
         return [path.parent] if path.name == MEASUREMENTS else []
