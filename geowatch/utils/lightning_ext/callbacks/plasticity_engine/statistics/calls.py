@@ -93,24 +93,30 @@ class Away(CallStatistic):
     fields = ('away',)
 
     def __init__(self):
-        self._waiting = {}  # values and device to calls: the fields of the site, highest and lowest outputs
+        self._waiting = {}  # values and device to calls: site, its fields, highest and lowest outputs
 
     def add(self, own, call):
         """ See :class:`.CallStatistic`. """
         if call.values:
-            self._waiting.setdefault((call.values, call.output.device), []).append((own, *call.extremes()))
+            self._waiting.setdefault((call.values, call.output.device), []).append((call.site, own, *call.extremes()))
 
-    def end_batch(self):
-        """ See :class:`.CallStatistic`: few operations for all units of a network. """
-        waiting, self._waiting = self._waiting, {}
-        for (values, _), calls in waiting.items():
-            owns, *extremes = zip(*calls, strict=True)
+    def end_batch(self, own, site):
+        """ See :class:`.CallStatistic`: few operations for all units of a network, as the first site asks. """
+        for key in list(self._waiting):
+            values, _ = key
+            _, owns, *extremes = zip(*self._waiting[key], strict=True)
             high, low = map(torch.cat, extremes)
             # How many calls had a sample away from the value: a sum, so that batches and
             # processes add up, where a minimum would not. NaN passes neither comparison.
             away = torch.stack([~((high <= value + EPSILON) & (low >= value - EPSILON)) for value in values]).float()
-            for own, part in zip(owns, away.split([len(x) for x in extremes[0]], 1), strict=True):
-                _add(own, 'away', part)
+            del self._waiting[key]  # what fails before fails at each site
+            for fields, part in zip(owns, away.split([len(x) for x in extremes[0]], 1), strict=True):
+                _add(fields, 'away', part)
+
+    def forget(self, site):
+        """ See :class:`.CallStatistic`. """
+        self._waiting = {key: left for key, calls in self._waiting.items()
+                         if (left := [call for call in calls if call[0] != site])}
 
     finish = end_batch
 
