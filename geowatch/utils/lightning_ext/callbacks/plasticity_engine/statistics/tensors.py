@@ -19,6 +19,7 @@ class Gram:
 
     Args:
         tensor (Tensor | Slice): of two or more dimensions, which does not change until then
+        factor (float): by which the matrix is multiplied
 
     Attributes:
         shape (Tuple[int, int]): of the Gram matrix
@@ -31,8 +32,9 @@ class Gram:
         ((1, 1), [[25.0]])
     """
 
-    def __init__(self, tensor):
+    def __init__(self, tensor, factor=1.):
         self._tensor = tensor
+        self._factor = factor
         rows = tensor.shape[0]
         size = min(rows, tensor.numel() // rows)
         self.shape = (size, size)
@@ -40,8 +42,11 @@ class Gram:
     def make(self):
         """ The matrix (Tensor), float64, of the part that this process holds. All that share the tensor call it. """
         part, share, side = part_for_gram(self._tensor)
-        matrix = gram(part, side)
-        return matrix if share == 1 else matrix.mul_(share)
+        matrix, factor = gram(part, side), share * self._factor
+        return matrix if factor == 1 else matrix.mul_(factor)
+
+    def __mul__(self, factor):
+        return Gram(self._tensor, self._factor * factor)
 
 
 def grams(tensors: dict[str, torch.Tensor], fields: Collection[str]) -> dict[str, dict]:
