@@ -187,7 +187,8 @@ def test_noise_is_asked_whether_a_larger_batch_helps(monkeypatch):
 def test_the_command_is_one_that_a_shell_reads_as_it_is_meant(tmp_path, folder):
     home = tmp_path / folder
     home.mkdir()
-    settings = {'model.class_path': 'geowatch.tasks.fusion.Model', 'optimizer.init_args.lr': 0.1, 'data.batch_size': 4}
+    settings = {'model.class_path': 'geowatch.tasks.fusion.Model', 'optimizer.init_args.lr': 0.1, 'data.batch_size': 4,
+                'batch_size': 4}  # of hparams.yaml, which no flag sets
     run = Run([home], {}, settings, [])
     changes = {'learning rate': 0.03, 'batch size': 8}
     assert command(run, changes) == ''  # how it was started is not known

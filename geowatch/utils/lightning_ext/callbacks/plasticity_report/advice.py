@@ -174,7 +174,9 @@ def command(run, changes):
         'geowatch fit --config=run/config.yaml --optimizer.init_args.lr=0.03'
     """
     config = run.folders[-1] / 'config.yaml'
-    keys = {title: find_key(run.settings, COMMON_SETTINGS.get(title, (title,))) for title in changes}
+    # A flag has a dot; what has none is from hparams.yaml, such as the batch size that a data module has saved.
+    flags = {key: value for key, value in run.settings.items() if '.' in key}
+    keys = {title: find_key(flags, COMMON_SETTINGS.get(title, (title,))) for title in changes}
     known = (str(run.settings.get('model.class_path', '')).startswith('geowatch.') and None not in keys.values()
              and config.is_file())
     line = shlex.join(['geowatch', 'fit', f'--config={config}',
