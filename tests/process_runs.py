@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader
 from geowatch.utils.lightning_ext.callbacks.plasticity import PlasticityMonitor
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine import processes, publisher, rota
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.lines import JsonLines
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations import sharded
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.statistics import calls as statistics_of_calls
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.statistics import tensors
 from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import METRICS
@@ -189,6 +190,87 @@ def wrap_linear(module, recurse, nonwrapped_numel):
     return recurse or getattr(module, 'out_features', 0) == 12
 
 
+class Staged(Routed):
+    """ The two stages of a pipeline, with a layer that both have a copy of; of one process it has all. """
+
+    def configure_model(self):
+        self.stage = self.trainer.global_rank if self.trainer.world_size > 1 else None
+        del self.side
+        for name in {0: ('fc2', 'head'), 1: ('fc1', 'act')}.get(self.stage, ()):
+            delattr(self, name)
+
+    def both(self, x):
+        """ Of each stage what it makes: hidden features of the first, outputs of the second. """
+        if self.stage != 1:
+            x = self.act(self.fc1(x))
+        if self.stage is None:
+            return self.head(torch.relu(self.fc2(x)))
+        if self.stage == 0:
+            torch.distributed.send(x.detach(), 1)
+            return x
+        received = x.new_empty(len(x), 16)
+        torch.distributed.recv(received, 0)
+        self.received = received.requires_grad_(torch.is_grad_enabled())
+        return self.head(torch.relu(self.fc2(self.received)))
+
+    def training_step(self, batch, batch_idx):
+        found = self.both(batch)
+        if self.stage == 0:
+            gradient = torch.empty_like(found)
+            torch.distributed.recv(gradient, 1)
+            return (found * gradient).sum()
+        loss = (found - 1).square().sum() / 8
+        if self.stage == 1:
+            torch.distributed.send(torch.autograd.grad(loss, self.received, retain_graph=True)[0], 0)
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        self.both(batch)
+
+
+class Apart(pl.strategies.DDPStrategy):
+    """ Processes that share no layer. """
+
+    def configure_ddp(self):
+        pass
+
+
+class Split(Net):
+    """ Its layers are split over processes in one of several ways, by units or by samples; some units are dead. """
+    plan, shard, world, always = None, False, 1, True
+
+    def __init__(self):
+        super().__init__()
+        with torch.no_grad():
+            self.fc1.bias[[0, 1, 15]] = self.fc2.bias[[5, 11]] = -100
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) * self.world
+
+    def forward(self, x):
+        return super().forward(x[:len(x) // 2 * 2])  # local tensors have to be of one size
+
+    def configure_model(self):
+        if self.plan:
+            from torch.distributed.tensor import Replicate, Shard
+            from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+            plans = {
+                'units': {'fc1': ColwiseParallel(), 'fc2': RowwiseParallel()},
+                'units, DTensor': {
+                    'fc1': ColwiseParallel(use_local_output=False), 'fc2': RowwiseParallel(use_local_output=False),
+                    'head': RowwiseParallel(input_layouts=Replicate())},
+                'samples': {'fc1': ColwiseParallel(output_layouts=Shard(0)),
+                            'fc2': ColwiseParallel(input_layouts=Shard(0)), 'head': RowwiseParallel()},
+                'samples, DTensor': {
+                    'fc1': ColwiseParallel(output_layouts=Shard(0), use_local_output=False),
+                    'fc2': ColwiseParallel(input_layouts=Shard(0), use_local_output=False), 'head': RowwiseParallel()}}
+            parallelize_module(self, self.device_mesh['tensor_parallel'], plans[self.plan])
+        if self.shard:
+            from torch.distributed.fsdp import fully_shard
+            for layer in (self.fc1, self.fc2, self.head):
+                fully_shard(layer, mesh=self.device_mesh['data_parallel'])
+
+
 def batches_of(rank, world, how, step=8):
     """ The part of one process of batches of 8 and a shorter last one. """
     parts = []
@@ -217,7 +299,7 @@ class Watch(Callback):
     def __init__(self):
         self.collectives = []
         self.writes = 0
-        self.step = 0
+        self.step = 'setup'
 
     def patch(self):
         for name in ('all_gather', 'all_reduce', 'broadcast', 'all_gather_object', 'barrier'):
@@ -306,12 +388,15 @@ def train_together(folder, strategy='ddp', how='even', fault=None, epochs=2, sle
         from toys import NAMES, register
         register()
         monitor = {'metrics': list(NAMES)}
-    net = make_net(Routed).double()
+    strategy, _, plan = strategy.partition(' by ')
+    net = make_net(Staged if strategy == 'pipeline' else Split if plan else Routed).double()
     net.world = world
     net.always = strategy != 'ddp'  # sharding needs all layers on all processes
     replicas = world
     if world == 1:
         strategy = 'auto'
+    elif strategy == 'pipeline':
+        strategy, replicas = Apart(process_group_backend='gloo'), 1
     elif strategy.startswith('fsdp1'):
         # Of each layer a buffer, and one of what is left.
         strategy = OnCPU(process_group_backend='gloo', use_orig_params='flat' not in strategy,
@@ -324,7 +409,7 @@ def train_together(folder, strategy='ddp', how='even', fault=None, epochs=2, sle
     elif strategy == 'ddp':
         strategy = pl.strategies.DDPStrategy(process_group_backend='gloo', find_unused_parameters=True)
     else:
-        net.tensor_parallel = strategy == 'tensor parallel'
+        net.tensor_parallel, net.plan = strategy == 'tensor parallel', plan
         replicas = world // 2 if net.tensor_parallel else world
         net.shard = replicas > 1
         net.world = replicas
@@ -347,6 +432,7 @@ def train_together(folder, strategy='ddp', how='even', fault=None, epochs=2, sle
         loader = Short if how == 'short' else DataLoader
         trainer.fit(net, loader(batches_of(replica, replicas, how), batch_size=None),
                     DataLoader(validation, batch_size=None))
+    assert not sharded._of_torch and not sharded._listening  # DTensor is as it was
     with open(f'{folder}/rank{rank}.json', 'w') as file:
         values = {key: float(x) for key, x in trainer.callback_metrics.items() if 'plasticity' in key}
         json.dump({'steps': trainer.global_step, 'collectives': watch.collectives, 'writes': watch.writes,
@@ -486,12 +572,15 @@ def slices(folder, mesh_shape):
 class Mixed(torch.nn.Module):
     """ Kinds of weights whose numbers lie in a buffer in different ways. """
 
-    def __init__(self):
+    def __init__(self, is_made=False):
         super().__init__()
         self.conv = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
         self.experts = torch.nn.Parameter(torch.randn(3, 4, 5))
         self.wide = torch.nn.Linear(5, 7)
         self.tall = torch.nn.Linear(7, 3)
+        if is_made:
+            torch.nn.utils.parametrizations.weight_norm(self.wide)
+            torch.nn.utils.prune.l1_unstructured(self.tall, 'weight', 0.3)
 
     def forward(self, x):
         x = self.conv(x).relu().mean((2, 3))
@@ -515,7 +604,7 @@ def as_lists(totals):
             for (source, field), own in totals.items()}
 
 
-def flattened(folder, sharding, keeps):
+def flattened(folder, sharding, keeps, is_made):
     """ Statistics of what FSDP1 has flattened, after a backward pass, added up over the processes. """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
@@ -526,9 +615,29 @@ def flattened(folder, sharding, keeps):
     mesh = init_device_mesh('cpu', (2, together.count // 2)) if 'HYBRID' in sharding else None
     torch.manual_seed(0)
     model = FullyShardedDataParallel(
-        Mixed().double(), sharding_strategy=ShardingStrategy[sharding], use_orig_params=keeps, device_mesh=mesh,
+        Mixed(is_made).double(), sharding_strategy=ShardingStrategy[sharding], use_orig_params=keeps, device_mesh=mesh,
         device_id=torch.device('cpu'), auto_wrap_policy=lambda module, recurse, nonwrapped_numel: recurse or isinstance(
             module, torch.nn.Conv2d))
+    model(torch.randn(6, 3, 5, 5).double()).backward()
+    stats = statistics_of(model)
+    messages = together.exchange({'layout': layout_of([stats])})
+    (total,), _ = together.add_up([stats], [message['layout'] for message in messages])
+    if together.rank == 0:
+        with open(f'{folder}/found.json', 'w') as file:
+            json.dump(as_lists(total), file)
+    torch.distributed.destroy_process_group()
+
+
+def made_in_shards(folder):
+    """ Statistics of what a network makes of parameters that FSDP2 has sharded. """
+    from torch.distributed.fsdp import fully_shard
+
+    from geowatch.utils.lightning_ext.callbacks.plasticity_engine.processes import Processes, layout_of
+    torch.distributed.init_process_group('gloo')
+    together = Processes(torch.distributed.get_world_size(), 'cpu')
+    torch.manual_seed(0)
+    model = Mixed(is_made=True).double().to(memory_format=torch.contiguous_format)  # all that it takes
+    fully_shard(model, mesh=torch.distributed.init_device_mesh('cpu', (together.count,)))
     model(torch.randn(6, 3, 5, 5).double()).backward()
     stats = statistics_of(model)
     messages = together.exchange({'layout': layout_of([stats])})

@@ -200,7 +200,7 @@ def test_a_run_ends_with_its_verdict_in_two_lines(tmp_path, capsys):
     _, _, lines, _ = fit(tmp_path, PlasticityMonitor('paper@1'), make_net(Rate, lr=1e20))
     word, numbers, command = ending(capsys)
     first = next(line['step'] for line in lines_of(lines, 'weight_mag') if line['value'] is None)
-    assert word.startswith(f'Plasticity of this run: diverged at step {first}. ')
+    assert word.startswith('Plasticity of this run: diverged: ') and word.endswith(f' from step {first} on')
     assert numbers.startswith('From its first to its last measurement: weight magnitude 0.14')
     assert command.startswith('To see the plasticity of this run: ')
 
@@ -217,11 +217,11 @@ def test_verdict_is_on_what_was_measured(tmp_path, monkeypatch, capsys):
     seen = []
 
     def judge(runs, under=None):
-        seen.append((runs[0], under))
-        return [verdicts.Verdict('slow', 'It is.')]
+        seen.extend(runs)
+        return [verdicts.Verdict('slow', 'it is', at=3)]
     monkeypatch.setattr(verdicts, 'judge', judge)
     _, trainer, _, _ = fit(tmp_path, PlasticityMonitor('paper@1'), make_net(Logs), log_every_n_steps=1)
-    ((run, under),) = seen
+    (run,) = seen
     lines = read_lines(trainer, start=True)
     assert run.metrics.keys() == {line['metric'] for line in lines}
     for name, points in run.metrics.items():
@@ -232,7 +232,7 @@ def test_verdict_is_on_what_was_measured(tmp_path, monkeypatch, capsys):
     assert run.scalars['train_loss'][0] == pytest.approx(make_net(Logs).loss(make_data()[:8]).item())
     assert run.scalars['val_loss'][9] == pytest.approx(trainer.callback_metrics['val_loss'].item())
     assert run.scalars['mine'][9] == 9
-    assert ending(capsys)[0] == 'Plasticity of this run: slow. It is.'
+    assert ending(capsys)[0] == 'Plasticity of this run: slow at step 3: it is'
 
 
 def test_a_verdict_that_fails_ends_nothing(tmp_path, monkeypatch, capsys):

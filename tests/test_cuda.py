@@ -351,6 +351,15 @@ def test_a_source_never_waits(name):
     assert crossings.found == []
 
 
+def test_a_network_on_two_devices():
+    with elsewhere() as crossings:
+        given = {device: torch.empty(6, 4, device=device) for device in ('cuda:0', 'cuda:1', 'cuda:0')}
+        found = sums.sums(given, ['count', 'abs', 'squares', 'nonfinite'])
+        for field in ('abs', 'squares', 'nonfinite'):
+            assert {device: str(x.device) for device, x in found[field].items()} == {x: x for x in given}
+    assert crossings.found == []
+
+
 def test_a_look_never_waits(monkeypatch):
     monkeypatch.setattr(capture, '_is_wrapper', lambda x: False)
     monkeypatch.setattr(capture, '_unseen', contextlib.nullcontext)

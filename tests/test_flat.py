@@ -6,7 +6,16 @@ import json
 import pytest
 import torch
 from common import NOISE, lines_of
-from process_runs import Mixed, as_lists, flattened, run_processes, statistics_of, zero_stands_in
+from process_runs import (
+    CAN_SHARD_ON_CPU,
+    Mixed,
+    as_lists,
+    flattened,
+    made_in_shards,
+    run_processes,
+    statistics_of,
+    zero_stands_in,
+)
 from test_processes import Ran, same
 
 from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import METRICS
@@ -44,8 +53,21 @@ def test_fsdp1_is_like_one_process(tmp_path, one, strategy, count, how):
     ('HYBRID_SHARD', False, 4)])
 def test_what_fsdp1_has_flattened(tmp_path, sharding, keeps, count):
     """ Weights and gradients, also of matrices in one parameter, and of a convolution whose channels are last. """
-    assert run_processes(flattened, count, str(tmp_path), sharding, keeps) == [0] * count
+    assert run_processes(flattened, count, str(tmp_path), sharding, keeps, False) == [0] * count
     adds_up(tmp_path)
+
+
+@pytest.mark.parametrize('keeps', [True, False])
+def test_what_is_made_of_flattened_parameters(tmp_path, keeps):
+    """ A weight norm of torch's parametrizations, and a pruned layer, which makes its weight in a hook. """
+    assert run_processes(flattened, 2, str(tmp_path), 'FULL_SHARD', keeps, True) == [0, 0]
+    adds_up(tmp_path, is_made=True)
+
+
+@pytest.mark.skipif(not CAN_SHARD_ON_CPU, reason='FSDP2 does not run on a CPU with this version of torch')
+def test_what_is_made_of_shards(tmp_path):
+    assert run_processes(made_in_shards, 2, str(tmp_path)) == [0, 0]
+    adds_up(tmp_path, is_made=True)
 
 
 @pytest.mark.parametrize('stage, count', [(1, 3), (3, 2)])
@@ -55,9 +77,9 @@ def test_what_deepspeed_keeps_in_parts(tmp_path, stage, count):
     adds_up(tmp_path)
 
 
-def adds_up(folder):
+def adds_up(folder, is_made=False):
     torch.manual_seed(0)
-    model = Mixed().double()
+    model = Mixed(is_made).double()
     model(torch.randn(6, 3, 5, 5).double()).backward()
     expected, got = as_lists(statistics_of(model)), json.loads((folder / 'found.json').read_text())
     assert got.keys() == expected.keys()
@@ -83,4 +105,5 @@ def test_deepspeed_is_like_one_process(tmp_path, one, stage, monkeypatch):
         assert line['value'] == pytest.approx(other['value'], rel=1e-5)
         assert line['layers'].keys() == other['layers'].keys()
         for layer, own in line['layers'].items():
-            assert own['value'] == pytest.approx(other['layers'][layer]['value'], rel=1e-4), (line['metric'], layer)
+            wanted = other['layers'][layer]['value']
+            assert own['value'] == (wanted and pytest.approx(wanted, rel=1e-4)), (line['metric'], layer)

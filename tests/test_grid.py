@@ -174,6 +174,14 @@ def test_settings_that_are_no_numbers_have_no_edge():
     assert said(made) == ['Best: optimizer Adam, width b with val_acc 0.4.']
 
 
+@pytest.mark.parametrize('rates', [(5e-324, 1e-300, 1e300), (1e300, 1e307, 1.7e308), (-1., 0., 1.), (True, False, 2)])
+@pytest.mark.parametrize('best', [0, 1, 2, None])
+def test_settings_at_the_ends_of_what_floats_hold(rates, best):
+    cells = [GOOD if i == best else HIGH for i in range(3)]
+    texts = said(sweep(cells, cells, rates=rates, sizes=(1, 1.7e308)))
+    assert texts and not [text for text in texts if 'inf' in text or 'nan' in text]
+
+
 def test_noise_is_asked_whether_a_larger_batch_helps(monkeypatch):
     from geowatch.utils.lightning_ext.callbacks.plasticity_report import advice
     monkeypatch.setattr(advice, 'larger_batch', lambda runs: f'{len(runs)} runs say so.')
@@ -187,23 +195,25 @@ def test_noise_is_asked_whether_a_larger_batch_helps(monkeypatch):
 def test_the_command_is_one_that_a_shell_reads_as_it_is_meant(tmp_path, folder):
     home = tmp_path / folder
     home.mkdir()
-    settings = {'model.class_path': 'geowatch.tasks.fusion.Model', 'optimizer.init_args.lr': 0.1, 'data.batch_size': 4,
-                'batch_size': 4}  # of hparams.yaml, which no flag sets
-    run = Run([home], {}, settings, [])
+    run = Run([home], {}, {'model.class_path': 'geowatch.A', 'lr': 1., 'batch_size': 2}, [])
     changes = {'learning rate': 0.03, 'batch size': 8}
     assert command(run, changes) == ''  # how it was started is not known
-    (home / 'config.yaml').write_text('')
+    config = 'model: {class_path: %s}\noptimizer: {init_args: {lr: 0.1}}\ndata: {batch_size: 4}\n'
+    # A hyperparameter of the network is no flag.
+    (home / 'hparams.yaml').write_text('batch_size: 4')
+    (home / 'config.yaml').write_text(config % 'geowatch.tasks.fusion.Model')
     assert shlex.split(command(run, changes)) == [
         'geowatch', 'fit', f'--config={home}/config.yaml', '--optimizer.init_args.lr=0.03', '--data.batch_size=8']
-    run.settings['model.class_path'] = 'mine.Model'
+    assert command(run, {'width': 3}) == ''
+    (home / 'config.yaml').write_text(config % 'mine.Model')
     assert command(run, changes) == ''
 
 
 def test_no_command_with_letters_that_cannot_be_seen(tmp_path):
     home = tmp_path / 'two\nlines'
     home.mkdir()
-    (home / 'config.yaml').write_text('')
-    assert command(Run([home], {}, {'model.class_path': 'geowatch.A', 'lr': 1.}, []), {'learning rate': 2.}) == ''
+    (home / 'config.yaml').write_text('{model: {class_path: geowatch.A}, lr: 1}')
+    assert command(Run([home], {}, {}, []), {'learning rate': 2.}) == ''
 
 
 # --- looks ----------------------------------------------------------------

@@ -301,6 +301,16 @@ def test_call_statistics_add_up(parts):
                 torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize('shape', [(3,), (4, 3)])
+def test_what_is_changed_in_place_after_a_call_counts_as_it_was(shape):
+    output, window = torch.ones(shape), Window([], ['away', 'gram'], 10)
+    window.begin_batch([1])
+    window.add(Call('fc', output, -1, (0., 1.)))
+    output.zero_()
+    window.end_batch()
+    assert window.totals()['activations', 'away']['fc'].tolist() == [[1.] * 3, [0.] * 3]
+
+
 # --- the registry ------------------------------------------------------------------
 
 @contextlib.contextmanager

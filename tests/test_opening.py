@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from geowatch.utils.lightning_ext.callbacks.plasticity import PlasticityMonitor
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.faults import Faults
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.lightning import choose_source
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine.processes import Processes
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations import (
     capture,
     looks,
@@ -390,7 +391,7 @@ def test_an_interrupt_at_each_line(theirs):
         before = _get_current_function_mode()
         for when in count:
             while True:
-                look = looks.Looks(2000, 1, lambda layer: True, Faults(), lambda metrics, fields: metrics)
+                look = looks.Looks(2000, Processes(1, 'cpu'), lambda layer: True, Faults(), lambda names, fields: names)
                 look.open(['dead_units'], ['away'])
                 if when == 'close':
                     look.look(model, torch.ones(5, 3))

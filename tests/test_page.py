@@ -94,7 +94,8 @@ def test_hostile_names_are_text(tmp_path, runs):
         settings.write_text(f'{settings.read_text()}{odd}\n')
         with open(folder / 'plasticity.jsonl', 'a') as file:
             file.write(json.dumps(line(f'mine{EVIL}', 0, 1.0, {EVIL: 1.0})) + '\n')
-        (folder / 'config.yaml').write_text('model: {class_path: geowatch.A}')  # so that there are commands
+        (folder / 'config.yaml').write_text(  # so that there are commands
+            settings.read_text() + 'model: {class_path: geowatch.A}')
         csv = folder / 'metrics.csv'
         csv.write_text(csv.read_text().replace('val_acc', '"val_acc' + EVIL.replace('"', '""') + '"'))
     text = report_on(tmp_path, tmp_path / 'runs' / runs).read_text()
@@ -354,15 +355,16 @@ def test_the_table_is_sorted_by_a_click(page):
 
 
 def test_it_loads_in_a_second_and_answers_a_click_at_once(browser, sweep):
-    page = opened(browser, sweep, 1280)
-    page.wait("document.querySelector('#chart-hero svg') !== null")
-    loaded = page.js("performance.getEntriesByType('navigation')[0].domInteractive")
-    took = browser.execute_async_script("""
-        const done = arguments[0], start = performance.now();
-        document.querySelector('.facet button').click();
-        requestAnimationFrame(() => setTimeout(() => done(performance.now() - start)));""")
-    # Measured 0.2 s and 0.02 s; a busy machine may take longer.
-    assert loaded < 1000 and took < 200
+    loads, clicks = [], []
+    for _ in range(3):  # the machine may be busy once
+        page = opened(browser, sweep, 1280)
+        page.wait("document.querySelector('#chart-hero svg') !== null")
+        loads.append(page.js("performance.getEntriesByType('navigation')[0].domInteractive"))
+        clicks.append(browser.execute_async_script("""
+            const done = arguments[0], start = performance.now();
+            document.querySelector('.facet button').click();
+            requestAnimationFrame(() => setTimeout(() => done(performance.now() - start)));"""))
+    assert min(loads) < 1000 and min(clicks) < 200  # about 200 and 20
 
 
 def test_dark_and_on_paper(browser, sweep):
@@ -379,6 +381,27 @@ def test_dark_and_on_paper(browser, sweep):
     assert len(cells) == 15 * (len(page.texts('.runs-table thead th')) - 1)
     assert all(left >= 0 and right <= 760 and height > 0 for left, right, height in cells)
     assert page.js("getComputedStyle(document.querySelector('.runs-table td'), '::before').content") == '"verdict"'
+
+
+def test_odd_numbers_are_drawn_without_an_error(browser, tmp_path):
+    """ One point, none that is finite, all zero, from one end of what floats hold to the other, in layers too. """
+    def lines(factor):
+        for name, values in {'one': [1.], 'none': [None] * 3, 'zero': [0.] * 3, 'huge': [-1e308, 1e308, 1.],
+                             'tiny': [5e-324, 1e308, 1.], 'grad_mag': [1e-300, 1e300, 0.]}.items():
+            yield from (line(name, k, value, {'a': value, 'b': value and value * factor}) for k, value in
+                        enumerate(values))
+    for i, factor in enumerate((0.5, 0.25)):
+        write_run(tmp_path / 'runs' / f'{i}', list(lines(factor)), lr=factor)
+    for runs in ('*', '0'):
+        page = opened(browser, report_on(tmp_path / runs.strip('*'), tmp_path / 'runs' / runs), 1280)
+        page.driver.execute_script("dispatchEvent(new Event('beforeprint'))")
+        assert page.js("pictures.length > 6 && pictures.every(own => own.holder.querySelector('svg'))")
+        for name in page.texts('#metric button'):
+            page.click('#metric button', name)
+            page.driver.execute_script("dispatchEvent(new Event('beforeprint'))")
+            assert not page.js("""[...document.querySelectorAll('svg > *, svg g *')].map(e => e.outerHTML)
+                .filter(html => /NaN|Infinity/.test(html))""")
+        assert [entry['message'] for entry in browser.get_log('browser') if entry['level'] == 'SEVERE'] == []
 
 
 def test_a_single_run_has_a_map_of_its_layers(browser, tmp_path):

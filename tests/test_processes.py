@@ -1,6 +1,7 @@
 """
 Several real processes: the same values as one, two collectives a step, and none that waits for ever.
 """
+import copy
 import json
 import math
 from collections import Counter
@@ -265,3 +266,51 @@ def test_tensor_parallel_weights(tmp_path, one, count, source):
     same(ran.lines, [line for line in one['fsdp2', source] if line['metric'] in names])
     assert max(ran.collectives().values()) <= 2
     assert not any('Not watched' in said and 'erank' in said.partition('Not watched')[2] for said in ran.said)
+
+
+@pytest.mark.parametrize('source', ['train', 'validation'])
+def test_stages_of_a_pipeline(tmp_path, source):
+    """ Each process has layers of its own: the lines have all of them, and the network's value is that of all. """
+    kwargs = {'strategy': 'pipeline', 'accumulate': 2, 'monitor': {'source': source, 'layers': 'fc*,head,act'}}
+    whole, ran = (Ran(tmp_path / str(count), count, **kwargs) for count in (1, 2))
+    # One process alone takes the last batch of the epoch, which is all of its step, in chunks.
+    got, expected = ([line for line in own.lines if line['metric'] not in NOISE or line['step'] < 2]
+                     for own in (ran, whole))
+    same(got, expected)
+    assert {line['metric'] for line in got} == set(TAGS)
+    assert all(line['layers'].keys() == {'fc1', 'fc2', 'head'} for line in lines_of(got, 'erank'))
+    # Of a step with two micro-batches the first only asks whether windows are full.
+    assert max(ran.collectives().values()) <= 2 + (source == 'train')
+    first, second = ran.ranks
+    assert second['values'] == pytest.approx(first['values'])
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    return {source: Ran(tmp_path_factory.mktemp('whole'), 1, strategy='tensor parallel by units', epochs=1,
+                        monitor={'metrics': ','.join(ACTIVATIONS), 'source': source}).lines
+            for source in ('train', 'validation')}
+
+
+@pytest.mark.parametrize('count, plan, source', [
+    (2, 'units', 'train'), (2, 'units', 'validation'), (2, 'units, DTensor', 'validation'),
+    (2, 'samples', 'validation'), (2, 'samples, DTensor', 'train'), (4, 'units', 'train')])
+def test_tensor_parallel_activations(tmp_path, whole, count, plan, source):
+    """ Units of all processes are joined, and what several have alike counts once. """
+    ran = Ran(tmp_path, count, strategy=f'tensor parallel by {plan}', epochs=1,
+              monitor={'metrics': ','.join(ACTIVATIONS), 'source': source})
+    is_split = {'units': 'act', 'samples': 'relu'}[plan.partition(',')[0]]
+    of_rows = {name for name in ACTIVATIONS if any('spectrum' in need.field for need in METRICS[name].needs)}
+    assert ran.said[0].count(f'inside {"act" if is_split == "act" else "the step"}: ranks of features of relu') == 1
+    expected = []
+    for line in copy.deepcopy(whole[source]):
+        assert set(line['layers']) == {'act', 'relu'}
+        if line['metric'] in of_rows:
+            del line['layers'][is_split]
+            line['value'] = line['layers'][{'act': 'relu', 'relu': 'act'}[is_split]]['value']
+        expected.append(line)
+    same(ran.lines, expected)
+    dead = lines_of(ran.lines, 'dead_units')[-1]
+    assert dead['layers']['act'] == {'value': 3 / 16, 'units': 16} and dead['layers']['relu']['units'] == 12
+    assert max(ran.collectives().values()) <= 2
+    assert ran.lines[-1]['samples'] == whole[source][-1]['samples']

@@ -362,9 +362,10 @@ def test_pictures_and_page_are_written(tmp_path, capsys):
         assert ink(path) > 0.01, path
     text = capsys.readouterr().out
     assert 'dead units 1 % -> 19 %' in text and 'correlates' in text and str(out / 'report.html') in text
-    single = tmp_path / 'runs' / 'lr0.1'
-    assert PlasticityReportCLI.main(cmdline=0, runs=[str(single)], out=str(tmp_path / 'one'), png=True) == 0
-    assert ink(tmp_path / 'one' / 'layers-erank.png') > 0.1  # a heatmap
+    from geowatch.utils.lightning_ext.callbacks.plasticity_report.figures import _draw_layers
+    # Of a single run the layers are a heatmap.
+    figure = _draw_layers(only_run(tmp_path / 'runs' / 'lr0.1'), 'lr0.1', 'erank', 'epoch')
+    assert figure.axes[0].collections[0].get_array().shape == (2, 10)
 
 
 def test_pictures_only_when_asked_for(tmp_path, capsys):
@@ -436,8 +437,8 @@ def test_broken_runs_still_get_a_report(tmp_path):
     for name in ('*', 'one', 'zero', 'nan', 'own', 'long', 'no_epoch'):
         out = tmp_path / 'out' / name.replace('*', 'all')
         assert PlasticityReportCLI.main(cmdline=0, runs=[str(runs / name)], out=str(out), x='epoch',
-                                        png=True) == 0
-        assert {'report.html', 'panels.png'} < {path.name for path in out.iterdir()}
+                                        png=name in ('*', 'own')) == 0
+        assert (out / 'report.html').exists() and (out / 'panels.png').exists() == (name in ('*', 'own'))
     assert (tmp_path / 'out' / 'own' / 'my_metric.png').exists()
 
 

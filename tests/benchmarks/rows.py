@@ -16,6 +16,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from large import large_models
 from noise import noise_scales
 from tools import Batches, lightning_resnet, resnet, run_lightning
 
@@ -407,4 +408,5 @@ def _grad_norm(net):
 
 
 ROWS = {row.__name__: row for row in (quiet_step, one_read, erank_resnet, erank_wide, feature_erank, registry,
-                                      noise_scales, default_run, short_run, geowatch_run, imports, growth)}
+                                      noise_scales, default_run, short_run, geowatch_run, large_models, imports,
+                                      growth)}

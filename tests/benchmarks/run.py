@@ -23,7 +23,7 @@ RIVALS = ('ormas-monitor', 'fastai', 'wandb', 'torch-module-monitor', 'weightwat
 # What mosaicml needs, where it cannot be installed with this torch and is installed alone.
 ALONE = {'mosaicml': ('coolname', 'py-cpuinfo', 'mosaicml-cli', 'tabulate', 'torch_optimizer')}
 ROWS = ('steps', 'quiet_step', 'one_read', 'erank_resnet', 'erank_wide', 'feature_erank', 'registry', 'noise_scales',
-        'default_run', 'short_run', 'geowatch_run', 'imports', 'growth')
+        'default_run', 'short_run', 'geowatch_run', 'large_models', 'imports', 'growth')
 TOOLS = ('ours: weight_mag, grad_mag, dead_units', 'ours: those of the paper', 'ours: update_ratio',
          'ours: step_alignment', 'ours: noise_scale', 'ours: all', 'ormas-monitor', 'fastai ActivationStats',
          'Composer ActivationMonitor', 'wandb.watch(log="all")', 'torch-module-monitor', 'Lightning grad_norm')

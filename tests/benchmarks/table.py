@@ -14,6 +14,7 @@ TARGETS = {
     'registry': '< 1.15 times those of the paper',
     'noise': '< +200 %',
     'run': '< +1 %',
+    'turns': '< 3 s',
     'import': '< 50 ms',
 }
 
@@ -94,6 +95,18 @@ def table(results):
             own = results[row]
             add(what, 'run', f'{own["share"]:+.1%}, that is {own["spent in an epoch"]:.2f} CPU-s an epoch',
                 f'{(own["whole"] - own["spent"]) / 5:.0f} CPU-s an epoch without')
+    if not failed('large_models'):
+        own = results['large_models']
+        shapes, small = own['seven_billion'], 'at a fourth of the width: '
+        add(f'erank of {shapes["parameters"] / 1e9:.1f} billion parameters in {shapes["layers"]} matrices: planned '
+            'for a measurement', 'turns', f'{shapes["planned for a measurement"]:.0f} s, at least one matrix; '
+            f'{shapes["planned for all"]:.0f} s for all of them')
+        add('the same matrices at a fourth of the width: one measurement', 'turns',
+            f'{shapes[small + "CPU seconds of a measurement"]:.1f} CPU-s, '
+            f'{shapes[small + "layers at a time"][-1]} matrices')
+        add('feature_erank of efficientnet_b0, 512 images of 64 x 64: one measurement', 'turns',
+            f'{own["efficientnet"]["CPU seconds of a measurement"]:.1f} CPU-s, '
+            f'{own["efficientnet"]["layers at a time"][-1]} layers')
     if not failed('imports'):
         add('import beyond torch, Lightning and the host', 'import', f'{results["imports"]["ours"]:.0f} ms')
     for row, own in results.items():

@@ -215,7 +215,7 @@ def how_to_read(tag):
         >>> how_to_read('plasticity/erank')
         'directions that the weights use, mean over layers. Worth a look when it falls to 0.8 of its start. \
 Weights that use fewer directions can represent less. At step -1: the network before training.'
-        >>> how_to_read('plasticity_layers/erank/fc1')[:35]
+        >>> how_to_read('plasticity_layers/erank/fc1')[:34]
         'layer `fc1`: directions that the w'
     """
     where, _, rest = tag.partition('/')

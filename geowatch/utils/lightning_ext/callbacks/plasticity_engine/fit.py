@@ -4,17 +4,17 @@ All that lives as long as one fit: what is due, what is being collected, and whe
 PlasticityMonitor's hooks call the methods of this class, in the order in which
 they stand here.
 """
-import math
-import time
 from dataclasses import replace
 from functools import partial
 
 import torch
 
 from ..plasticity_metrics import METRICS, PlasticityConfigError
+from .activations import Activations
 from .agenda import Agenda
 from .alarms import Alarms
 from .budget import Budget
+from .checkpoint import Saved
 from .faults import Faults
 from .last_step import LastStep, listen
 from .lightning import (
@@ -25,9 +25,9 @@ from .lightning import (
     has_stepped,
     is_last_epoch,
     is_last_step,
-    is_last_validation,
     is_over,
     may_be_last,
+    replica_of,
     resolve,
     step_of,
     steps_until_an_end,
@@ -38,18 +38,17 @@ from .lightning import (
     watched_by,
 )
 from .lines import FILE_NAME
-from .measurement import Reading, additive_keys, needing, takes_turns
-from .memory import Memory
+from .measurement import needing, takes_turns
 from .message import describe, grouped, why_missing
 from .places import new_run, open_lines
 from .processes import Processes
 from .publisher import Publisher
 from .say import say, warn
 from .sinks import Sinks
-from .sources.activations.looks import Looks, layer_paths
+from .sources.activations.looks import layer_paths
 from .sources.activations.modules import FUSED_FUNCTIONS
 from .sources.flat import stepped_by
-from .sources.weights import Trained, parameters_of, wanted, weights_of
+from .sources.weights import Trained, parameters_of, walk, wanted, weights_of
 from .steps import Steps
 from .verdict import Curves, words_on
 
@@ -71,7 +70,7 @@ class Fit:
     Attributes:
         metrics (Dict[str, Metric]): those that are measured still
         limited (Set[str]): those of them that wait where they would be too expensive
-        source (str | None): 'train' or 'validation', where activations are seen
+        activations (Activations): where and when they are looked at
         run (str): which its lines are of
         moment (Moment): of the step that goes on
         last (LastStep): that is over
@@ -84,12 +83,11 @@ class Fit:
         self.metrics = {name: METRICS[name] for name in settings.intervals}
         self.limited = {name for name, interval in settings.intervals.items() if settings.budget is not None
                         or interval == 'auto' and takes_turns(METRICS[name])}
-        self.source = None
         self.run = run
         self.moment = Moment(-1, None, False)
         self.last = LastStep()
         self.first_step = None
-        self.processes = Processes(trainer.world_size, trainer.strategy.root_device)
+        self.processes = Processes(trainer.world_size, trainer.strategy.root_device, replica_of(trainer))
         # Some loggers broadcast here, so that every rank has to ask.
         self._log_dir, self._nth = trainer.log_dir, nth
         self.curves = Curves(trainer)
@@ -97,25 +95,22 @@ class Fit:
                            [('The warnings', Alarms(trainer).look), ('The verdict', self.curves.add)])
         self.budget = Budget(*_THRIFT) if settings.budget is None else Budget(settings.budget)
         self.faults = Faults(self.processes.rank, self.budget)
-        self.looks = Looks(settings.samples, self.processes.count, self._wants, self.faults, self._needing,
-                           self._names)
+        self.activations = Activations(self, self._wants, self._names, self._needing)
+        self.looks = self.activations.looks
         self.steps = Steps(self)
         self.agenda = self.publisher = None  # until the checkpoint is read
-        self._restored = {}      # the state of a checkpoint, if the run goes on from one
+        self.saved = Saved(self)
         self._is_new = False     # whether the network is untrained
         self._is_open = False    # whether training is sure to begin
         self._reason = None      # why activations are not, or not quite, seen
         self._watched = set()    # metrics that other callbacks look at after validation
         self._timers = []        # which may end the run after a batch
         self._held = []          # metrics that are read at this step in case it is the last
-        self._held_window = None  # the same of this validation
-        self._validated_step = None  # the last at which there was validation
         self._told = None        # ids of parameters of whose steps Lightning tells; None for all
         self._handle = None      # of the hook for all others
         self._scales = False     # whether something scales the loss
         self._wanted = {}        # path of a layer to whether it is measured
         self._trained = Trained(trainer)
-        self._sees_validation = False  # whether any hidden layer ran in one
         self._said = set()       # paths of modules that are named as not seen
         self._wake = 0           # the next step at which anything can be due
         self._is_awake = False
@@ -130,34 +125,24 @@ class Fit:
             raise PlasticityConfigError("Expected a validation loader for source='validation', but there is "
                                         "none. Give one, or set source='train'")
         self._check_patterns(module)
-        self.source, self._reason = choose_source(settings.source, validates, module)
-        if not self._of_activations():
+        self.activations.source, self._reason = choose_source(settings.source, validates, module)
+        if not self.activations.metrics:
             self._reason = None
-        if self.source is None:
-            for name in self._of_activations():
+        if self.activations.source is None:
+            for name in self.activations.metrics:
                 del self.metrics[name]
         self.agenda = Agenda({name: resolve(settings.intervals[name], metric, trainer)
                               for name, metric in self.metrics.items()},
-                             self._of_activations() if self.source == 'train' else (), self.processes.count)
+                             self.activations.metrics if self.activations.source == 'train' else (),
+                             self.processes.count)
         self.publisher = Publisher(self)
-        self._watched = watched_by(trainer.callbacks) & set(self.metrics)
+        self._watched = self.activations.watched = watched_by(trainer.callbacks) & set(self.metrics)
         if settings.budget is None:
             self.limited -= self._watched
         # Processes have clocks of their own.
         self._timers = timers_of(trainer) if self.processes.count == 1 else []
-        self._restore()
+        self.saved.restore()
         self.sinks.begin()
-
-    def _restore(self):
-        """ Go on from a checkpoint, if there is one. """
-        schedules, watched, run = (self._restored.get(key) for key in ('schedules', 'watched', 'run'))
-        if isinstance(schedules, dict):
-            self.agenda.load_state_dict(schedules)
-        if isinstance(watched, dict):
-            self.sinks.watched.update({tag: torch.tensor(x) for tag, x in watched.items() if isinstance(x, float)})
-        if isinstance(run, str):
-            self.run = run
-        self.publisher.memory = Memory(self._restored.get('memory'))
 
     def open(self, module):
         """ Tell what will be measured, and find a file for it. Training is sure to begin: tuners end before. """
@@ -181,13 +166,17 @@ class Fit:
             warn(f'no log folder, so {FILE_NAME} is not written')
         elif not trainer.loggers:
             warn(f'no logger, so values go to {self.sinks.file.fpath} only')
-        say(describe(module, self._trained.look(module), self.metrics, self.agenda.schedules, self._wants,
-                     f'{self.source}, {self.settings.samples} examples', self._reason))
+        say(describe(module, self.trained(module), self.metrics, self.agenda.schedules, self._wants,
+                     f'{self.activations.source}, {self.settings.samples} examples', self._reason))
+        if self.processes.holders:
+            say(f'PlasticityMonitor: as stages of a pipeline, {self.processes.count} processes have layers of their '
+                'own, which are measured too')
 
     def _check_patterns(self, module):
-        weights = weights_of(module, self._trained.look(module))
-        names = dict.fromkeys([*weights, *(getattr(weight, 'of', '') for weight in weights.values()),
-                               *layer_paths(module)])
+        weights = weights_of(module, self.trained(module))
+        # Of all weights, since others may be trained later; what a pipeline has elsewhere counts too.
+        names = self.processes.meet([*weights, *(getattr(weight, 'of', '') for weight in weights.values()),
+                                     *(name for name, _, _ in walk(module)), *layer_paths(module)])
         for pattern in self.settings.patterns:
             if not any(pattern.match(name) for name in names):
                 raise PlasticityConfigError(
@@ -200,9 +189,9 @@ class Fit:
         # To wait for a device is only worth it for who asks for a share.
         self.budget.start(None if self.settings.budget is None else self.trainer.strategy.root_device)
         self.sinks.show()
-        self.steps.begin_training(self._walk(module), self._is_new, self._restored.get('sources'))
+        self.steps.begin_training(self._walk(module), self._is_new, self.saved.content.get('sources'))
         if self._is_new:
-            names = self._at_start(['weights'])
+            names = self.at_start(['weights'])
             self.steps.open(names, -1)
             self.publisher.publish(self._step_readings(module, names, Moment(-1, self.trainer.current_epoch, False)))
 
@@ -222,7 +211,7 @@ class Fit:
         if self.first_step is None:
             self._begin_first_step(step)
         if is_last_epoch(trainer):
-            self._wait_no_longer()
+            self.wait_no_longer()
         self.agenda.begin(moment)
         of_steps = [name for name, metric in self.metrics.items() if not metric.sees_activations]
         if validates_in_step(trainer):
@@ -236,20 +225,20 @@ class Fit:
         if self._told is not None and self.steps.see_an_optimizer:
             self._handle = listen(lambda optimizer: self.steps.before_step(partial(self._walk, module), optimizer,
                                                                            self._told))
-        if self.source == 'train':
-            self._open_windows(self.agenda.due(step, self._of_activations()), moment)
-            self._look(module, batch, batches_left(trainer))
+        if self.activations.source == 'train':
+            self.activations.open(self.agenda.due(step, self.activations.metrics), moment)
+            self.activations.look(module, batch, batches_left(trainer))
 
-    def _wait_no_longer(self):
+    def wait_no_longer(self):
         """ The end is measured whatever it costs, unless the user has set a budget. """
         if self.settings.budget is None:
             self.agenda.wait_no_longer(self.limited)
 
     def _begin_first_step(self, step):
         self.first_step = step
-        self._drop_lines_after_checkpoint(lambda row: row['step'] >= step)
-        if self.source == 'train' and self._is_new:
-            self._open_start()
+        self.saved.drop_lines_after(lambda row: row['step'] >= step)
+        if self.activations.source == 'train' and self._is_new:
+            self.activations.open_start()
 
     def end_forward(self, module, loss=None):
         """ Stop looking before the backward pass, unless more of the model may run; let sources see the graph. """
@@ -287,13 +276,13 @@ class Fit:
 
     def _measure_step(self, module, batch):
         self._stop_listening()
-        self._look_away(batch)
+        self.activations.look_away(batch)
         step, stepped, readings = self.moment.step, has_stepped(self.trainer), []
-        if self.source == 'train':
+        if self.activations.source == 'train':
             self.looks.next_batch()
             # The first step ends what was seen of the untrained network.
             final = {window: stepped and (window.start or self.moment.is_last) for window in self.looks.windows}
-            readings += [self._window_reading(window, self.moment, ends) for window, ends in final.items()
+            readings += [self.activations.read(window, self.moment, ends) for window, ends in final.items()
                          if ends or window in self.looks.asked()]
         if stepped:
             names = [name for name in self.metrics if not self.metrics[name].sees_activations
@@ -310,10 +299,10 @@ class Fit:
 
     def _next_step(self, module):
         """ The first step after this one at which anything can be due; see also begin_batch. """
-        if self.source == 'train' and self.looks.windows:
+        if self.activations.source == 'train' and self.looks.windows:
             return self.moment.step + 1
         in_steps = [name for name, metric in self.metrics.items()
-                    if not metric.sees_activations or self.source == 'train']
+                    if not metric.sees_activations or self.activations.source == 'train']
         wake = self.agenda.wake(in_steps, self.moment, steps_until_an_end(self.trainer, module))
         return max(wake - 1, self.moment.step + 1) if self.steps.looking_back() else wake
 
@@ -324,9 +313,9 @@ class Fit:
         moment = self.last.moment
         if moment is None:
             return
-        windows = self.looks.windows if self.source == 'train' else []
+        windows = self.looks.windows if self.activations.source == 'train' else []
         missing = self.agenda.missing(moment)
-        readings = [self._window_reading(window, moment, final=True) for window in windows]
+        readings = [self.activations.read(window, moment, final=True) for window in windows]
         readings += [reading for place in places for reading in self.last.take(place, missing, moment)]
         for reading in readings:
             if reading.window is not None and not reading.window.start:
@@ -340,7 +329,7 @@ class Fit:
 
     def conclude_all(self, module):
         """ The same where training is over, for what has waited, too. """
-        self._wait_no_longer()
+        self.wait_no_longer()
         self.conclude(module)
 
     def _left_readings(self, module, names, moment):
@@ -361,76 +350,28 @@ class Fit:
     # --- validation ---------------------------------------------------------------------
 
     def begin_validation(self):
-        """ Find which activations are due: those of the untrained network in the sanity check. """
-        if self.source != 'validation':
-            return
-        if self.trainer.sanity_checking:
-            if self._is_new:
-                self._open_start()
-            return
-        if is_last_epoch(self.trainer):
-            self._wait_no_longer()
-        names, moment = self._of_activations(), self._validated()
-        if moment.step != self._validated_step:
-            self._validated_step = moment.step
-            self.agenda.want(self._watched.intersection(names), moment.step)
-        # Of a stream nobody knows the last one: each is looked at, and the last is what counts.
-        is_last = is_last_validation(self.trainer)
-        due = self.agenda.missing(moment, names) if is_last else self.agenda.due(moment.step, names)
-        self._open_windows(due, moment)
-        held = self.agenda.missing(moment, names)
-        self.looks.open(held, self._fields(held, 'activations'), takes=self.publisher.choose_sites(held))
-        self._held_window = self.looks.windows[-1] if held else None
-
-    def _validated(self):
-        """ The moment of what is validated: the network after the last step, which a batch of None has not made. """
-        step = step_of(self.trainer) if self.last.moment is None else self.last.moment.step
-        return Moment(step, self.trainer.current_epoch, True)
+        """ Find which activations are due. """
+        self.activations.begin_validation(self._is_new)
 
     def begin_validation_batch(self, module, batch, batch_idx, dataloader_idx):
         """ Look at the batch if a window wants more. """
-        if self.source == 'validation' and self.looks.windows:
-            self._look(module, batch, batches_left(self.trainer, batch_idx, dataloader_idx))
+        self.activations.begin_validation_batch(module, batch, batch_idx, dataloader_idx)
 
     def end_validation_batch(self, batch):
         """ Stop looking. """
-        self._look_away(batch)
-
-    def _look_away(self, batch):
-        self.looks.look_away()
-        for window in self.looks.windows:
-            window.took(batch)
+        self.activations.look_away(batch)
 
     def end_validation(self):
-        """ Measure what was seen, before EarlyStopping reads it. """
-        if self.source == 'validation' and self.looks.windows:
-            held, self._held_window = self._held_window, None
-            moment = self._validated()
-            readings = [self._window_reading(window, moment, final=True) for window in self.looks.windows]
-            if held in self.looks.windows:
-                self.last.hold('validation', readings.pop(self.looks.windows.index(held)))
-                self.looks.close(held)
-            self.publisher.publish(readings)
-            if self.settings.source == 'auto':
-                self._look_elsewhere(readings)
-
-    def _look_elsewhere(self, readings):
-        """ Where a validation runs no hidden layer, on any process, look at training. """
-        self._sees_validation = self._sees_validation or self.faults.failed or any(
-            reading.parts for reading in readings)
-        if not self._sees_validation and any(reading.examples for reading in readings):
-            self.source = 'train'
+        """ Measure what was seen. """
+        if self.activations.end_validation():
             self._wake = 0
-            self.agenda.look_at_training(self._of_activations())
-            if self.trainer.is_global_zero:
-                say('PlasticityMonitor: validation ran no hidden layer, so activations are seen in training')
 
     # --- the end --------------------------------------------------------------------------
 
     def fail(self, module):
         """ Measure what an exception has left. Other processes would have to help, which may not have failed. """
         if self._is_open and self.processes.count == 1:
-            self._restored = self.state_dict()  # a run that goes on from here measures it where it ends
+            self.saved.content = self.state_dict()  # a run that goes on from here measures it where it ends
             with self.faults.guard(list(self.metrics)):
                 self.conclude_all(module)
         self.interrupt()
@@ -468,7 +409,7 @@ class Fit:
             return None
         missed = [metric for name, metric in self.metrics.items() if name not in self.publisher.measured]
         if missed:
-            looked = self.source == 'train' or self._validated_step is not None
+            looked = self.activations.source == 'train' or self.activations.validated_step is not None
             say(why_missing(missed, self.last.moment is not None,
                             self.looks.why_nothing() if looked else 'no validation ran', self.steps.why_not))
         for line in words_on(self.curves):
@@ -481,35 +422,19 @@ class Fit:
 
     def state_dict(self):
         """ What a checkpoint needs: plain values. """
-        if self.publisher is None:
-            return {}
-        schedules = self.agenda.state_dict()
-        for window in self.looks.windows:
-            if not window.start and window is not self._held_window:
-                for name in window.metrics:
-                    schedules[name].update(next=0, epoch=None)  # due again, since what it has seen is not saved
-        return {'version': 2, 'time': time.time(), 'schedules': schedules, 'sources': self.steps.state_dict(),
-                'memory': self.publisher.memory.state_dict(), 'run': self.run,
-                'watched': {tag: float(x) for tag, x in self.sinks.watched.items()}}
+        return {} if self.publisher is None else self.saved.make()
 
     def load_state_dict(self, state):
-        """ Go on from a checkpoint, which may be of another version: what cannot be read is left alone. """
-        self._restored = state if isinstance(state, dict) else {}
+        """ Go on from a checkpoint, which may be of another version. """
+        self.saved.content = state if isinstance(state, dict) else {}
         if self.publisher is not None:  # of strategies that read it late
-            self._restore()
-
-    def _drop_lines_after_checkpoint(self, is_stale):
-        """ A run that goes on from a checkpoint measures what came after it once more. """
-        if self.trainer.ckpt_path:
-            saved = self._restored.get('time')
-            saved = saved if isinstance(saved, (int, float)) else -math.inf
-            self.sinks.drop(lambda row: row['time'] > saved and is_stale(row))
+            self.saved.restore()
 
     def drop_repeated_lines(self, lines):
         """ Those of a validation that runs again after a resume; where it does not, its lines stay. """
         step, metrics = lines[0]['step'], {line['metric'] for line in lines}
         if self.first_step is None or step < self.first_step:
-            self._drop_lines_after_checkpoint(lambda row: row['step'] == step and row['metric'] in metrics)
+            self.saved.drop_lines_after(lambda row: row['step'] == step and row['metric'] in metrics)
 
     def unsaid(self):
         """ Modules in which activations ran that could not be seen, and why (Dict[str, str]). """
@@ -525,27 +450,10 @@ class Fit:
 
     # --- what is due ----------------------------------------------------------------------
 
-    def _of_activations(self):
-        return [name for name, metric in self.metrics.items() if metric.sees_activations]
-
-    def _at_start(self, sources):
+    def at_start(self, sources):
         """ What is measured of the untrained network: all of some sources that asks for nothing before it. """
         return [name for name, metric in self.metrics.items() if set(metric.sources) <= set(sources)
                 and not any(need.when for need in metric.needs)]
-
-    def _open_windows(self, due, moment):
-        open_already = {name for window in self.looks.windows if not window.start for name in window.metrics}
-        due = [name for name in due if name not in open_already]
-        self.looks.open(due, self._fields(due, 'activations'), takes=self.publisher.choose_sites(due))
-        self.agenda.done(due, moment)
-
-    def _open_start(self):
-        names = self._at_start(['activations'])
-        self.looks.open(names, self._fields(names, 'activations'), start=True, takes=self.publisher.choose_sites(names))
-
-    def _fields(self, names, source):
-        keys = additive_keys(self.metrics[name] for name in names)
-        return [field for own_source, field in keys if own_source == source]
 
     def _needing(self, names, fields, source='activations'):
         """ Those of some metrics that need any of some additive fields. """
@@ -555,7 +463,7 @@ class Fit:
 
     def _walk(self, module):
         """ The weights that are measured, anew at each moment: FSDP2 puts others in their place in between. """
-        return wanted(weights_of(module, self._trained.look(module)), self._wants)
+        return wanted(weights_of(module, self.trained(module)), self._wants)
 
     def _wants(self, layer):
         if layer not in self._wanted:
@@ -567,12 +475,9 @@ class Fit:
         """ Whether the user names a module, and not only a pattern that it matches. """
         return bool(path) and any(pattern.pattern == path for pattern in self.settings.patterns)
 
-    def _look(self, module, batch, left):
-        self.looks.look(module, batch, left, self._trained.look(module))
+    def trained(self, module):
+        """ Which parameters are trained, as :meth:`Trained.look` tells it. """
+        return self._trained.look(module)
 
     def _step_readings(self, module, names, moment):
         return self.steps.read(partial(self._walk, module), names, moment)
-
-    def _window_reading(self, window, moment, final):
-        moment = moment._replace(step=-1) if window.start else moment
-        return Reading(window.metrics, moment, parts=window.totals(), window=window, final=final)

@@ -32,6 +32,20 @@ class Moment(NamedTuple):
     is_last: bool
 
 
+def replica_of(trainer) -> tuple[int, int]:
+    """
+    Which part of the data this process has, of how many: those of one tensor-parallel group have the same batches.
+
+    Args:
+        trainer (Trainer): of either package
+
+    Returns:
+        Tuple[int, int]:
+    """
+    sampler = trainer.distributed_sampler_kwargs or {}
+    return sampler.get('rank', trainer.global_rank), sampler.get('num_replicas') or trainer.world_size
+
+
 def step_of(trainer) -> int:
     """ Index of the optimizer step that goes on, or that comes next. """
     return trainer.fit_loop.epoch_loop._batches_that_stepped

@@ -13,10 +13,12 @@ import itertools
 import json
 import math
 import zlib
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from .sources.activations.sites import Site
 from .statistics import Totals
@@ -26,6 +28,8 @@ from .statistics.spectrum import made
 _MESSAGE = 1 << 14
 # Numbers of a sum in one round: 4 MB.
 _NUMBERS = 1 << 19
+# Statistics that are the same for each part of the units.
+_OF_SAMPLES = {'samples', 'rows'}
 
 
 class Processes:
@@ -35,10 +39,16 @@ class Processes:
     Args:
         count (int): how many
         device (torch.device): where collectives run
+        replica (Tuple[int, int] | None): which part of the data this one has,
+            of how many; by default each has its own
 
     Attributes:
         count (int): how many
         rank (int): which of them this is
+        holding (int): how many have a layer, where stages of a pipeline have layers of their own; else all
+        holders (Dict[str, int]): name to how many have it, of what not all of them have
+        replica (int): which part of the data it has
+        replicas (int): of how many
 
     Example:
         >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.processes import Processes
@@ -47,14 +57,46 @@ class Processes:
         (1, 0, [{'failed': ['erank']}])
     """
 
-    def __init__(self, count: int, device: torch.device):
+    def __init__(self, count: int, device: torch.device, replica: tuple[int, int] | None = None):
         self.count = count if dist.is_available() and dist.is_initialized() else 1
         self.rank = dist.get_rank() if self.count > 1 else 0
+        self.replica, self.replicas = replica if replica is not None and self.count > 1 else (self.rank, self.count)
+        self.holding, self.holders = self.count, {}
         self._device = device
         if self.count > 1:
             self._mine = torch.zeros(_MESSAGE, dtype=torch.uint8, device=device)
             self._theirs = [torch.zeros_like(self._mine) for _ in range(self.count)]
             self._numbers = torch.zeros(_NUMBERS, dtype=torch.float64, device=device)
+
+    def meet(self, names: Iterable[str]) -> set[str]:
+        """
+        Learn which layers each process has. All of them have to call it.
+
+        Args:
+            names (Iterable[str]): of the layers of this process
+
+        Returns:
+            Set[str]: of all of them
+        """
+        counts = Counter(itertools.chain.from_iterable(
+            message['names'] for message in self.exchange({'names': sorted(set(names))}, lambda: {'names': []})))
+        self.holders = {name: count for name, count in counts.items() if count < self.count}
+        self.holding = min(self.holders.values(), default=self.count)
+        self.replicas = min(self.replicas, self.holding)
+        return set(counts)
+
+    def share_of(self, layer: str, is_sharded: bool) -> float:
+        """
+        By what to multiply statistics of a layer on each process that has it, so that the sum is that of the layer.
+
+        Args:
+            layer (str): its name
+            is_sharded (bool): whether they are already shares among all processes
+
+        Returns:
+            float: 1. for a layer in shards that all processes have
+        """
+        return (self.count if is_sharded else 1) / self.holders.get(layer, self.count)
 
     def exchange(self, message: dict, otherwise: Callable | None = None) -> list[dict]:
         """
@@ -88,6 +130,7 @@ class Processes:
                 return [json.loads(zlib.decompress(x[8:end])) for x, end in zip(found, ends, strict=True)]
 
     def add_up(self, totals: list[Totals], layouts: list[list], on_error: Callable | None = None,
+               replicas: list[int] | None = None,
                whole: Callable | None = None) -> tuple[list[Totals], set[tuple[str, str]]]:
         """
         Sum statistics over all processes. All of them have to call it.
@@ -98,6 +141,7 @@ class Processes:
             on_error (Callable | None): called with source and field, inside
                 an except block, where one cannot be added on this process;
                 by default the error is raised
+            replicas (List[int] | None): which part of the data each process has; by default each has its own
             whole (Callable | None): called with source, field and sum as soon
                 as it is whole; gives the field and what is kept of it
 
@@ -108,17 +152,20 @@ class Processes:
         """
         if self.count == 1:
             return totals, set()
-        union = {}
-        for layout in layouts:
+        union, givers = {}, {}
+        for rank, layout in enumerate(layouts):
             for index, source, field, key, shape in layout:
-                key = Site(*key) if isinstance(key, list) else key
-                union.setdefault((index, source, field, key), shape)
+                key = _key_of(key)
+                union.setdefault((index, source, field, key), _whole(key, shape))
+                part = _part(field, key, rank, rank if replicas is None else replicas[rank])
+                givers.setdefault((index, source, field, key, part), (rank, getattr(key, 'offset', None)))
+        mine = {part[:-1]: offset for part, (rank, offset) in givers.items() if rank == self.rank}
         sums = [{} for _ in totals]
         if not union:
             return sums, set()
         pairs = list(dict.fromkeys((source, field) for _, source, field, _ in union))
-        addends = [_Addend(totals[index].get((source, field), {}).get(key), shape, source, field, whole)
-                   for (index, source, field, key), shape in union.items()]
+        addends = [_Addend(totals[name[0]].get(name[1:3], {}).get(name[3]) if name in mine else None, shape,
+                           *name[1:3], whole, mine.get(name)) for name, shape in union.items()]
         owners = [pairs.index((source, field)) for _, source, field, _ in union]
         failed, flags = torch.zeros(len(pairs), dtype=torch.float64), torch.zeros(len(pairs), dtype=torch.float64)
 
@@ -154,8 +201,9 @@ class Processes:
 class _Addend:
     """ One statistic, which is added up piece by piece; what this process has not seen is zero. """
 
-    def __init__(self, own, shape, source, field, whole):
+    def __init__(self, own, shape, source, field, whole, offset=None):
         self.field = field
+        self._offset = offset
         self.size = math.prod(shape)
         self.total = None
         self._own = own
@@ -170,7 +218,10 @@ class _Addend:
             own, self._own = self._own, None
             own = made(own)
             # A third of a count is no float32.
-            self._own = own.detach() if isinstance(own, torch.Tensor) else torch.tensor(own, dtype=torch.float64)
+            own = own.detach() if isinstance(own, torch.Tensor) else torch.tensor(own, dtype=torch.float64)
+            if own.ndim and own.shape[-1] != self._shape[-1]:
+                own = F.pad(own, (self._offset, self._shape[-1] - self._offset - own.shape[-1]))
+            self._own = own
         if self._own is not None:
             buffer.copy_(self._own.reshape(-1)[here])
 
@@ -208,6 +259,31 @@ def _rounds(sizes):
                 pieces, place = [], 0
     if pieces:
         yield pieces
+
+
+def _key_of(key):
+    return Site(*key) if isinstance(key, list) else key
+
+
+def _whole(key, shape):
+    """ The shape of a statistic of all units, which are its last dimension. """
+    return [*shape[:-1], key.units] if shape and getattr(key, 'offset', None) is not None else shape
+
+
+def _part(field, key, rank, replica):
+    """
+    What a process adds: of those that have the same units of the same samples, one does.
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine import processes
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.sites import Site
+        >>> site = Site('act', 'relu', 'fc', units=8, offset=4)
+        >>> [processes._part(field, site, rank=1, replica=0) for field in ('away', 'samples')]
+        [(0, (), 4), (0, (), None)]
+    """
+    if not isinstance(key, Site):
+        return rank
+    return replica, tuple(key.samples), None if field in _OF_SAMPLES else key.offset
 
 
 def layout_of(totals: list[Totals]) -> list[list]:
@@ -249,7 +325,8 @@ def contradictions(layouts: list[list]) -> dict[tuple[str, str], str]:
     found, union = {}, {}
     for layout in layouts:
         for index, source, field, key, shape in layout:
-            first = union.setdefault((index, source, field, str(key)), shape)
+            shape = _whole(_key_of(key), shape)
+            first = union.setdefault((index, source, field, _key_of(key)), shape)
             if first != shape:
                 found.setdefault((source, field), f'{key!r} has the shapes {first} and {shape}')
     return found

@@ -94,7 +94,9 @@ class Publisher:
         kept = []
         for index, reading in enumerate(readings):
             reading.metrics = [name for name in reading.metrics if name in fit.metrics]
-            if reading.metrics and self._is_complete(reading, [message['examples'][index] for message in messages]):
+            # Those that have the same data have seen the same examples.
+            examples = {message['replica']: message['examples'][index] for message in messages}
+            if reading.metrics and self._is_complete(reading, list(examples.values())):
                 kept.append(index)
         waiting = self._take_turns(readings, kept, layouts, messages[0])
         needed = {(index, key) for index in kept
@@ -104,7 +106,7 @@ class Publisher:
         sums, lost = fit.processes.add_up(
             [reading.parts for reading in readings], layouts,
             on_error=lambda source, field: fit.faults.fail(needing(fit.metrics, source, [field])),
-            whole=spectrum_of)
+            replicas=[message['replica'] for message in messages], whole=spectrum_of)
         # Where it failed says so when it is asked next.
         self._drop(name for source, field in lost for name in needing(fit.metrics, source, [field]))
         for index in kept:
@@ -118,6 +120,7 @@ class Publisher:
         try:
             return {
                 'failed': sorted(fit.faults.failed), 'now': time.monotonic(), 'pace': self._rota.pace,
+                'replica': fit.processes.replica,
                 'has': [[name for name in reading.metrics if name in fit.metrics and reading.has(fit.metrics[name])]
                         for reading in readings],
                 'examples': [reading.window and reading.window.examples for reading in readings],
@@ -130,16 +133,17 @@ class Publisher:
         """ What the others hear from this process inside an except block, whatever is wrong here. """
         self._fit.faults.fail(list(self._fit.metrics))
         return {'failed': sorted(self._fit.faults.failed), 'now': time.monotonic(), 'pace': self._rota.pace,
-                'has': [[] for _ in readings], 'examples': [0 for _ in readings], 'layout': [],
-                'spent': self._fit.budget.numbers(), 'unseen': {}}
+                'replica': self._fit.processes.replica, 'has': [[] for _ in readings],
+                'examples': [0 for _ in readings], 'layout': [], 'spent': self._fit.budget.numbers(), 'unseen': {}}
 
-    @staticmethod
-    def _is_complete(reading, examples):
+    def _is_complete(self, reading, examples):
         """ Whether all processes have seen enough; where they have not, the next question comes later. """
         window = reading.window
         if window is None:
             return True
-        reading.examples = sum(examples)
+        # All stages of a pipeline see the same ones.
+        processes = self._fit.processes
+        reading.examples = sum(examples) * processes.holding // processes.count
         if reading.final:
             return True
         progress = min(examples) / window.wanted

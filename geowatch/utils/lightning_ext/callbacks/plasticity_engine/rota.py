@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable
 # What one measurement may take in any case.
 SECONDS = 3.
 # Multiplications a second, until it is known: the first guess for one core, and for a GPU.
-_PACE = {'cpu': 1e10, 'cuda': 1e12}
+_PACE = {'cpu': 1.5e10, 'cuda': 1e12}
 
 
 def spectral_work(size: int, rows: float | None = None) -> float:
@@ -47,7 +47,7 @@ class Rota:
         >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.rota import Rota
         >>> rota, last = Rota(share=0.01, device='cpu'), {}
         >>> for step in range(3):
-        >>>     taken = rota.plan({'a': 2e10, 'b': 2e10, 'c': 0.5e10}, lambda layer: last.get(layer, -1))
+        >>>     taken = rota.plan({'a': 3e10, 'b': 3e10, 'c': 1e10}, lambda layer: last.get(layer, -1))
         >>>     last.update(dict.fromkeys(taken, step))
         >>>     print(taken)
         ['a', 'c']

@@ -218,13 +218,14 @@ class Stretch:
         return self.gather().flatten(1).tensor_split(place.count, dim=axis)[place.rank]
 
     def gather(self):
-        """ The whole Tensor, in float32 at least, for which all processes that share it have to come here. """
+        """ The whole Tensor, for which all processes that share it have to come here. """
         place, part = self.place, self.part.float() if self.part.element_size() < 4 else self.part
         # What is offloaded to the host is not where its processes talk to each other.
         device = 'cuda' if dist.get_backend(place.group) == 'nccl' else part.device
         whole = torch.zeros(self.numel(), dtype=part.dtype, device=device)
         whole[place.start:place.end] = part
         dist.all_reduce(whole, group=place.group)
+        whole = whole.to(self.part.dtype)
         return whole.as_strided(self.shape, place.strides) if place.strides else whole.view(self.shape)
 
 
@@ -289,6 +290,60 @@ def count_of(tensor: torch.Tensor, share: float) -> float:
                                getattr(whole, 'placements', ()), strict=True):
         split *= 1 if placement.is_replicate() else size
     return tensor.numel() * share / split
+
+
+def whole_of(tensor: torch.Tensor) -> torch.Tensor:
+    """
+    All of a tensor, for which all processes that share it have to come here.
+
+    Args:
+        tensor (Tensor | Stretch | Flattened): a plain one is returned as it is
+
+    Returns:
+        Tensor: plain
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sharding import whole_of
+        >>> import torch
+        >>> whole_of(torch.ones(2)).tolist()
+        [1.0, 1.0]
+    """
+    if not is_sharded(tensor):
+        return tensor
+    tensor = tensor.detach()
+    return tensor.gather() if isinstance(tensor, Stretch) else tensor.full_tensor()
+
+
+def sharded_like(whole: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """
+    A tensor that all processes have, as one in the layout of another of its shape.
+
+    Args:
+        whole (Tensor): plain
+        other (Tensor | Flattened): in whatever layout
+
+    Returns:
+        Tensor | Stretch: plain if the other is
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sharding import Place, Stretch, sharded_like
+        >>> import torch
+        >>> other = Stretch(torch.zeros(2), Place(torch.Size([2, 2]), 1, 3, rank=0, count=2))
+        >>> sharded_like(torch.tensor([[1., 2.], [3., 4.]]), other).part.tolist()
+        [2.0, 3.0]
+    """
+    if hasattr(other, 'place'):
+        place = other.place
+        if place.strides:
+            whole = torch.empty_strided(whole.shape, place.strides, dtype=whole.dtype, device=whole.device).copy_(whole)
+            return Stretch(whole.as_strided((whole.numel(),), (1,))[place.start:place.end], place)
+        return Stretch(whole.flatten()[place.start:place.end], place)
+    if not is_sharded(other):
+        return whole
+    from torch.distributed.tensor import DTensor, Replicate
+    copies = [Replicate()] * other.device_mesh.ndim
+    return DTensor.from_local(whole, other.device_mesh, copies, run_check=False).redistribute(
+        placements=other.placements)
 
 
 def part_for_gram(matrix: torch.Tensor) -> tuple[torch.Tensor, float, str]:

@@ -43,7 +43,7 @@ class Steps:
             fields = [field for source, field in keys if source == name]
             if fields:
                 source = self._open.get(name) or self._lasting.get(name) or cls(
-                    fields, self._guard, fit.processes.count, scaler_of(fit.trainer))
+                    fields, self._guard, fit.processes.holding, scaler_of(fit.trainer))
                 source.begin_step(step, fields)
                 self._open[name] = source
                 if cls.lasts:
@@ -157,11 +157,21 @@ class Steps:
                 source.close()
                 self._explain(source)
                 for field, own in source.take().items():
-                    for layer, x in own.items():
-                        is_part = self._fit.processes.count > 1 and (source.are_parts or is_sharded(weights.get(layer)))
-                        totals = reading.parts if is_part else reading.whole
-                        totals.setdefault((source.name, field), {})[layer] = x
+                    self._sort(reading, source, field, own, weights)
         return [reading] if names else []
+
+    def _sort(self, reading, source, field, own, weights):
+        """ Put what a source has found of layers where it belongs: to what is the same on all processes, or not. """
+        processes = self._fit.processes
+        for layer, x in own.items():
+            has_part, holders = is_sharded(weights.get(layer)), processes.holders.get(layer)
+            is_part = processes.count > 1 and (source.are_parts or has_part or holders is not None)
+            totals = reading.parts if is_part else reading.whole
+            if is_part and holders is not None and not source.are_parts:
+                x = x * processes.share_of(layer, has_part)
+            # Of what stages share, as tied embeddings, a process sees the gradients of its own stage alone.
+            if not source.are_parts or (holders or processes.count) == processes.holding:
+                totals.setdefault((source.name, field), {})[layer] = x
 
     def close(self):
         """ Leave nothing behind. """

@@ -103,11 +103,11 @@ class Curves:
         scalars = {name: {step: float(x) for step, x in curve.items()} for name, curve in self._scalars.items()}
         run = Run([], {name: list(curve.values()) for name, curve in metrics.items()}, {}, [], scalars,
                   small_start=few)
-        (verdict,) = judge([run], LOSS if LOSS in scalars else None)
+        (verdict,) = judge([run])
         if not verdict.word:
             return []
-        broke = f' at step {verdict.at}' if verdict.at is not None else ''
-        return [f'Plasticity of this run: {verdict.word}{broke}. {verdict.reason}', *_numbers(metrics)]
+        when = '' if verdict.at is None or f'step {verdict.at}' in verdict.reason else f' at step {verdict.at}'
+        return [f'Plasticity of this run: {verdict.word}{when}: {verdict.reason}', *_numbers(metrics)]
 
 
 def words_on(curves):

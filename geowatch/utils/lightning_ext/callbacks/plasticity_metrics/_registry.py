@@ -3,6 +3,7 @@ What a metric is, and the registry of all of them.
 """
 import dataclasses
 import difflib
+import functools
 import re
 from collections.abc import Callable, Iterable, Sequence
 
@@ -60,12 +61,12 @@ class Metric:
     along: str | None = None
     notes: tuple[str, ...] = ()
 
-    @property
+    @functools.cached_property
     def sources(self):
         """ Names of the sources, each once. """
         return tuple(dict.fromkeys(need.source for need in self.needs))
 
-    @property
+    @functools.cached_property
     def sees_activations(self):
         """ Whether it is measured over a window of batches, instead of at a step. """
         return 'activations' in self.sources

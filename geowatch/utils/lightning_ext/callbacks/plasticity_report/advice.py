@@ -6,7 +6,7 @@ import math
 import shlex
 
 from .grid import WEAK, cell_value, is_number, majority, setting_text
-from .settings import COMMON_SETTINGS, find_key
+from .settings import COMMON_SETTINGS, find_key, read_settings
 from .verdicts import larger_batch
 
 
@@ -103,7 +103,7 @@ def _next(table, grid, facet):
         if len(values) > 1 and all(is_number(value) and value > 0 for value in values):
             numbers = True
             if facet.best is None:
-                tries += [(title, values[0] / 10)] if title == x else []
+                tries += [(title, values[0] / 10)] if title == x and values[0] > 1e-300 else []
                 continue
             edge = {0: 'lowest', len(values) - 1: 'highest'}.get(k)
             at_edge += [f'the {edge} {title}'] if edge else []
@@ -127,17 +127,19 @@ def _beside(values, k):
         >>> _beside([0.01, 0.1, 1.0], 1), _beside([0.01, 0.1, 1.0], 2)
         ([0.03, 0.3], [10.0])
     """
+    logs = list(map(math.log, values))
     if k in (0, len(values) - 1):
-        inner = values[1] if k == 0 else values[-2]
-        return [_handy(values[k] * values[k] / inner, values)]
-    return [_handy(math.sqrt(values[k] * other), values) for other in (values[k - 1], values[k + 1])]
+        found = [2 * logs[k] - logs[1 if k == 0 else -2]]
+    else:
+        found = [(logs[k] + other) / 2 for other in (logs[k - 1], logs[k + 1])]
+    return [_handy(math.exp(x), values) for x in found if abs(x) < 690]  # as floats hold
 
 
 def _twice(values, k):
     """ Of a batch: twice or half of it beyond the end, in whole numbers, and nothing in between. """
     ends = ([values[k] / 2] if k == 0 else []) + ([values[k] * 2] if k == len(values) - 1 else [])
     whole = all(float(value).is_integer() for value in values)
-    return [int(value) if whole else value for value in ends if not whole or value >= 1]
+    return [int(value) if whole else value for value in ends if 0 < value < math.inf and (value >= 1 or not whole)]
 
 
 def _handy(value, taken):
@@ -168,17 +170,15 @@ def command(run, changes):
         >>> from geowatch.utils.lightning_ext.callbacks.plasticity_report.runs import Run
         >>> import ubelt as ub
         >>> dpath = ub.Path.appdir('geowatch/tests/command').ensuredir()
-        >>> _ = (dpath / 'config.yaml').write_text('')
-        >>> run = Run([dpath], {}, {'model.class_path': 'geowatch.tasks.A', 'optimizer.init_args.lr': 0.1}, [])
-        >>> command(run, {'learning rate': 0.03}).replace(str(dpath), 'run')
-        'geowatch fit --config=run/config.yaml --optimizer.init_args.lr=0.03'
+        >>> _ = (dpath / 'config.yaml').write_text('{model: {class_path: geowatch.tasks.A}, optimizer: {lr: 0.1}}')
+        >>> command(Run([dpath], {}, {}, []), {'learning rate': 0.03}).replace(str(dpath), 'run')
+        'geowatch fit --config=run/config.yaml --optimizer.lr=0.03'
     """
     config = run.folders[-1] / 'config.yaml'
-    # A flag has a dot; what has none is from hparams.yaml, such as the batch size that a data module has saved.
-    flags = {key: value for key, value in run.settings.items() if '.' in key}
-    keys = {title: find_key(flags, COMMON_SETTINGS.get(title, (title,))) for title in changes}
-    known = (str(run.settings.get('model.class_path', '')).startswith('geowatch.') and None not in keys.values()
-             and config.is_file())
-    line = shlex.join(['geowatch', 'fit', f'--config={config}',
-                       *(f'--{keys[title]}={setting_text(value)}' for title, value in changes.items())])
+    # Not of hparams.yaml too: what a network calls its settings is no flag.
+    settings, _ = read_settings(config.parent, (config.name,))
+    keys = [find_key(settings, COMMON_SETTINGS.get(title, (title,))) for title in changes]
+    flags = [f'--{key}={setting_text(value)}' for key, value in zip(keys, changes.values(), strict=True)]
+    line = shlex.join(['geowatch', 'fit', f'--config={config}', *flags])
+    known = str(settings.get('model.class_path', '')).startswith('geowatch.') and all(keys)
     return line if known and line.isprintable() else ''

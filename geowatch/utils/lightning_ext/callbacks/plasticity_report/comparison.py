@@ -151,8 +151,9 @@ class Comparison:
                 rows.append(f'<tr>{_cells("th", [setting_text(value) if grid.titles[1] else ""])}{"".join(tds)}</tr>')
             title = ', '.join(filter(None, [facet.label, f'{quantity.title} at the end' if quantity else 'verdicts',
                                             f'{grid.titles[0]} from left to right']))
-            parts.append(f'<table style="margin:0 0 .8em;text-align:center"><caption style="text-align:left;white-space:nowrap">'
-                         f'{html.escape(readable(title))}</caption><tr>{heads}</tr>{"".join(rows)}</table>')
+            parts.append('<table style="margin:0 0 .8em;text-align:center">'
+                         f'<caption style="text-align:left;white-space:nowrap">{html.escape(readable(title))}</caption>'
+                         f'<tr>{heads}</tr>{"".join(rows)}</table>')
         return ''.join(parts)
 
     def _table_html(self):

@@ -5,6 +5,7 @@ import collections
 import dataclasses
 import math
 
+from .evidence import gather
 from .foreign import readable
 from .scalars import direction, find_scalar
 from .words import describe
@@ -209,41 +210,40 @@ def quantities(table):
     names = [*filter(None, [table.under]), *(name for name in names if name != table.under)][:MOST_SCALARS]
     found = [Quantity(name, [last_level(list((find_scalar(run, name) or {}).values())) for run in runs], number_text,
                       direction(name)) for name in names]
-    found += [_metric(runs, 'weight_mag', 'weights, times fresh', over_start=True), _metric(runs, 'feature_erank'),
-              _metric(runs, 'dead_units', better=-1), _metric(runs, 'update_ratio'),
+    found += [_over_fresh(runs, 'weight_mag', 'weights, times fresh'), _metric(runs, 'feature_erank'),
+              _metric(runs, 'dead_units', -1), _metric(runs, 'update_ratio'),
               Quantity('time', [_seconds(run) for run in runs], time_text, -1)]
     return [quantity for quantity in found if any(map(math.isfinite, quantity.values))]
 
 
-def _metric(runs, name, title=None, over_start=False, better=0):
-    words, values = describe(name), []
-    for run in runs:
-        own = [point.value for point in run.metrics.get(name, [])]
-        start = next(iter(own), math.nan) if over_start else 1.
-        values.append(last_level(own) / start if start else math.nan)
-    return Quantity(title or words.title, values, (lambda x: f'\u00d7{number_text(x)}') if over_start else words.text,
-                    better)
+def _metric(runs, name, better=0):
+    values = [last_level([point.value for point in run.metrics.get(name, [])]) for run in runs]
+    return Quantity(describe(name).title, values, describe(name).text, better)
+
+
+def _over_fresh(runs, name, title):
+    starts = [one.fresh.get(name, math.nan) or math.nan for one in gather(runs)]
+    values = [value / start for value, start in zip(_metric(runs, name).values, starts, strict=True)]
+    return Quantity(title, values, lambda x: f'\u00d7{number_text(x)}')
 
 
 def last_level(values):
     """
-    Where a curve ended: the mean of its last twentieth.
+    Where a curve ended: the mean of its last tenth, as for verdicts.
 
     Args:
         values (List[float]): in order
 
     Returns:
-        float: nan where there is none, or where the last one is not finite
+        float: nan where there is none, or where one of them is not finite
 
     Example:
         >>> from geowatch.utils.lightning_ext.callbacks.plasticity_report.grid import last_level
-        >>> last_level([5.] * 38 + [1., 3.]), last_level([1., float('nan')])
+        >>> last_level([5.] * 18 + [1., 3.]), last_level([1., float('nan')])
         (2.0, nan)
     """
-    if not values or not math.isfinite(values[-1]):
-        return math.nan
-    finite = [value for value in values[-max(1, len(values) // 20):] if math.isfinite(value)]
-    return sum(finite) / len(finite)
+    last = values[-max(1, len(values) // 10):]
+    return sum(last) / len(last) if last else math.nan
 
 
 def _seconds(run):

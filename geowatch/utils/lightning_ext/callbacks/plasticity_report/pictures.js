@@ -52,15 +52,18 @@ function ticks(low, high, count, log) {
 
 function extent(values) {
   let low = Infinity, high = -Infinity;
-  for (const value of values) if (value !== null && isFinite(value)) {
+  for (const value of values) if (value !== null) {
     if (value < low) low = value;
     if (value > high) high = value;
   }
-  return [low, high];
+  // No further than quotients and differences can be computed; what lies beyond is drawn at the edge.
+  const inside = value => value && Math.sign(value) * Math.max(1e-140, Math.min(1e140, Math.abs(value)));
+  return low > high ? [low, high] : [inside(low), inside(high)];
 }
 
 // --- curves ----------------------------------------------------------------
 
+let clips = 0;
 const reach = specs => {
   const xs = specs.flatMap(spec => spec.curves.flatMap((curve, i) => curve && shown[i]
     ? [data.steps[curve.s][0], data.steps[curve.s].at(-1)].map(step => inAxis(data.runs[i], step)) : []));
@@ -97,7 +100,7 @@ function plot(svg, width, top, height, spec, range, title, limits) {
   });
   if (title) shape(svg, 'text', {x: (left + width - right) / 2, y: top + height + 34, 'text-anchor': 'middle'},
                    axis === 'step' ? 'training step' : 'epochs gone by');
-  const clip = `clip-${svg.id}-${Math.round(top)}`;
+  const clip = `clip-${clips++}`;
   shape(shape(svg, 'clipPath', {id: clip}), 'rect', {x: left - 3, y: top - 3, width: width - left - right + 6, height: height + 6});
   const group = shape(svg, 'g', {'clip-path': `url(#${clip})`}), points = [];
   const fits = value => value !== null && (!log || value > 0);
@@ -180,9 +183,10 @@ function listen(svg, picture, width) {
   if (small) return;
   svg.addEventListener('pointerdown', event => { start = at(event); svg.setPointerCapture(event.pointerId); });
   svg.addEventListener('pointerup', event => {
+    if (start === null) return;
     const ends = [value(start), value(at(event))].sort((a, b) => a - b), wide = Math.abs(at(event) - start) > 8;
     start = null;
-    if (wide) { zoom = ends; draw(); }
+    if (wide && ends.every(isFinite)) { zoom = ends; draw(); }
   });
   svg.addEventListener('dblclick', () => { zoom = null; draw(); });
 }

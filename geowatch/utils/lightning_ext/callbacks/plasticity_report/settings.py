@@ -31,12 +31,13 @@ OPAQUE = object()
 MOST_COLUMNS = 30
 
 
-def read_settings(folder):
+def read_settings(folder, names=('hparams.yaml', 'config.yaml')):
     """
     Settings of a run, as flat keys.
 
     Args:
         folder (str | PathLike): log folder
+        names (Sequence[str]): its files of settings, of which a later one stands over an earlier one
 
     Returns:
         Tuple[Dict[str, object], List[str]]: dotted key to value, and what could not be read
@@ -50,7 +51,7 @@ def read_settings(folder):
         {'optimizer.class_path': 'torch.optim.SGD', 'optimizer.init_args.lr': 0.001}
     """
     settings, notes = {}, []
-    for name in ('hparams.yaml', 'config.yaml'):
+    for name in names:
         fpath = Path(folder) / name
         if fpath.is_file():
             try:

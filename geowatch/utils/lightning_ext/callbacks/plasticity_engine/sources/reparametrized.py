@@ -2,6 +2,7 @@
 Weights that a network makes of other tensors: parametrizations, weight_norm, spectral_norm, pruning.
 """
 import contextlib
+import types
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -20,12 +21,14 @@ class Made(NamedTuple):
 
     Attributes:
         name (str): what the module calls it
-        parts (List[Parameter]): of which it is made
-        make (Callable[[], Tensor]): as the module would make it in eval, with nothing changed
+        parts (List[Parameter | Flattened]): of which it is made
+        make (Callable[[List[Tensor]], Tensor]): of these, as the module would make it in eval, with nothing changed
+        keeps_shape (bool): whether it is known to have the shape of the largest part
     """
     name: str
     parts: list[nn.Parameter]
-    make: Callable[[], torch.Tensor]
+    make: Callable[[list[torch.Tensor]], torch.Tensor]
+    keeps_shape: bool = True
 
 
 def made_by(module: nn.Module, parameters: Callable | None = None) -> list[Made]:
@@ -45,21 +48,26 @@ def made_by(module: nn.Module, parameters: Callable | None = None) -> list[Made]
         >>> import torch
         >>> layer = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(3, 2))
         >>> (made,) = made_by(layer)
-        >>> made.name, [tuple(part.shape) for part in made.parts], torch.equal(made.make(), layer.weight)
+        >>> made.name, [tuple(part.shape) for part in made.parts], torch.equal(made.make(made.parts), layer.weight)
         ('weight', [(2, 1), (2, 3)], True)
         >>> made_by(torch.nn.Linear(3, 2))
         []
     """
     found, parameters = [], parameters or parameters_in(module)
     if 'parametrizations' in module._modules and isinstance(lists := module.parametrizations, nn.ModuleDict):
-        found += [Made(name, [param for part in own.modules() for param in parameters(part).values()],
-                       lambda own=own: _run(own)) for name, own in lists.items()]
+        for name, own in lists.items():
+            named = {f'{path}.{key}' if path else key: param for path, part in own.named_modules()
+                     for key, param in parameters(part).items()}
+            found.append(Made(name, list(named.values()), lambda values, own=own, named=named: _run(
+                own, dict(zip(named, values, strict=True))), all(
+                    type(part).__module__.startswith('torch.nn.utils.') for part in own)))
     # The functions of torch.nn.utils that are older than parametrizations make it in a hook.
     for hook in module._forward_pre_hooks.values():
         if (recipe := _recipe(hook)) is not None:
             name, parts, make = recipe
-            own = [param for part in parts if (param := parameters(module).get(part)) is not None]
-            found += [Made(name, own, lambda make=make: make(module))] if own else []
+            own = {part: param for part in parts if (param := parameters(module).get(part)) is not None}
+            found += [Made(name, list(own.values()), lambda values, make=make, own=own: make(types.SimpleNamespace(
+                **module._buffers, **dict(zip(own, values, strict=True)))))] if own else []
     return found
 
 
@@ -74,8 +82,8 @@ def _recipe(hook):
     return None
 
 
-def _run(parametrizations):
-    """ What a ParametrizationList gives, which in training may draw random numbers or update its buffers. """
+def _run(parametrizations, values):
+    """ What a ParametrizationList makes of values, which in training may draw random numbers or update its buffers. """
     training = [module for module in parametrizations.modules() if module.training]
     buffers = {name: buffer.clone() for name, buffer in parametrizations.named_buffers()}
     devices = {tensor.device for tensor in parametrizations.parameters() if tensor.device.type == 'cuda'}
@@ -84,4 +92,4 @@ def _run(parametrizations):
         for module in training:
             exit.callback(setattr, module, 'training', True)
             module.training = False
-        return torch.func.functional_call(parametrizations, buffers, ())
+        return torch.func.functional_call(parametrizations, {**buffers, **values}, ())

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from ..sharding import Slice, is_sharded
+from ..sharding import Slice, is_sharded, sharded_like, whole_of
 from .flat import Flattened, parameters_in, stepped_by
 from .reparametrized import made_by
 from .step import StepSource
@@ -53,7 +53,7 @@ class Weight:
 
     Args:
         parts (List[Parameter | Flattened]): of which it is made
-        make (Callable[[], Tensor] | None): what makes it of them
+        make (Callable[[List[Tensor]], Tensor] | None): what makes it of them
         index (int | None): its place in the first dimension
         of (str): name of the whole
 
@@ -87,12 +87,17 @@ class Weight:
     @property
     def whole(self):
         """ The Parameter or Flattened whose layout over processes it has. """
-        return self.parts[0]
+        return self.parts[0] if len(self.parts) == 1 else max(self.parts, key=lambda part: part.numel())
 
     def detach(self):
-        """ The Tensor, or the Slice or Stretch of one, as the network uses it. """
+        """
+        The Tensor, or the Slice or Stretch of one, as the network uses it.
+
+        What is made of sharded parameters is made of whole ones, for which all processes have to come here.
+        """
         with torch.no_grad():
-            return self._part(self.whole if self._make is None else self._make())
+            return self._part(self.whole if self._make is None else sharded_like(
+                self._make([whole_of(part) for part in self.parts]), self.whole))
 
     @property
     def grad(self):
@@ -108,7 +113,7 @@ class Weight:
 
     def numel(self):
         """ How many numbers (int). """
-        return self.detach().numel()
+        return self.whole.numel() if self.is_made and is_sharded(self.whole) else self.detach().numel()
 
     def _part(self, tensor):
         return tensor.detach() if self._index is None else Slice(tensor, self._index).detach()
@@ -182,9 +187,9 @@ def walk(model: nn.Module, is_trained: Callable | None = None) -> Iterator[tuple
     seen, parameters = set(), parameters_in(model)
     for path, module in model.named_modules():
         prefix = f'{path}.' if path else ''
-        for name, parts, make in made_by(module, parameters):
+        for name, parts, make, keeps_shape in made_by(module, parameters):
             if seen.isdisjoint(map(id, parts)):
-                yield from _weights(prefix + name, parts, make, module, is_trained)
+                yield from _weights(prefix + name, parts, make, module, is_trained, keeps_shape)
             seen.update(map(id, parts))
         for name, param in parameters(module).items():
             if id(param) not in seen:
@@ -192,7 +197,7 @@ def walk(model: nn.Module, is_trained: Callable | None = None) -> Iterator[tuple
                 yield from _weights(prefix + name, [param], None, module, is_trained)
 
 
-def _weights(name, parts, make, owner, is_trained):
+def _weights(name, parts, make, owner, is_trained, keeps_shape=True):
     """ The matrices of one parameter, or of one tensor that is made of some. """
     name = clean_name(name)
     layer = name.removesuffix('.weight')
@@ -203,8 +208,8 @@ def _weights(name, parts, make, owner, is_trained):
     if why is None and is_trained is not None and not any([
             is_trained(name, part) for part in parts if part.requires_grad]):
         why = 'in no optimizer'
-    if why is None and make is not None and any(map(is_sharded, parts)):
-        why = 'reparametrized and sharded'
+    if why is None and not keeps_shape and any(map(is_sharded, parts)):
+        why = 'reparametrized in a way of its own, and sharded'
     if why is None and _has_slices(largest, name, owner):
         count = len(largest)
         for index in range(count):

@@ -46,6 +46,7 @@ class Call:
         self.units = output.shape[self.axis]
         self.samples = output.numel() // max(self.units, 1)
         self.others = [dim for dim in range(output.ndim) if dim != self.axis]
+        self.is_part = getattr(site, 'offset', None) is not None
         self._extremes = self._nonfinite = None
 
     def extremes(self):
@@ -53,7 +54,7 @@ class Call:
         if self._extremes is None:
             output, axis = self.output, self.axis
             if not self.others:
-                high = low = output
+                high = low = output.clone()  # which may be changed in place before it is looked at
             elif axis and output.is_cpu and output.is_contiguous() and 1 < math.prod(output.shape[axis + 1:]) < _FEW:
                 # A reduction of few neighbours is not vectorized there, one over examples is.
                 samples = output.flatten(0, axis - 1).flatten(2)
@@ -73,8 +74,8 @@ class Call:
         # To see a sum costs nothing on a CPU, where to count each time would.
         if not self.output.is_cpu:
             return False
-        sums = [self.output.sum(dtype=torch.float32)] if self._extremes is None else self._extremes
-        return all(x.isfinite().all() for x in sums)
+        return math.isfinite(self.output.sum(dtype=torch.float32) if self._extremes is None
+                             else torch.dot(*self._extremes))
 
 
 class Samples(CallStatistic):
@@ -91,15 +92,33 @@ class Away(CallStatistic):
     """ Field 'away' of shape (values, units), of functions with saturated values. """
     fields = ('away',)
 
+    def __init__(self):
+        self._waiting = {}  # values and device to calls: site, its fields, highest and lowest outputs
+
     def add(self, own, call):
         """ See :class:`.CallStatistic`. """
-        if not call.values:
-            return
-        high, low = call.extremes()
-        # How many calls had a sample away from the value: a sum, so that batches and
-        # processes add up, where a minimum would not. NaN passes neither comparison.
-        away = torch.stack([~((high <= value + EPSILON) & (low >= value - EPSILON)) for value in call.values])
-        _add(own, 'away', away.float())
+        if call.values:
+            self._waiting.setdefault((call.values, call.output.device), []).append((call.site, own, *call.extremes()))
+
+    def end_batch(self, own, site):
+        """ See :class:`.CallStatistic`: few operations for all units of a network, as the first site asks. """
+        for key in list(self._waiting):
+            values, _ = key
+            _, owns, *extremes = zip(*self._waiting[key], strict=True)
+            high, low = map(torch.cat, extremes)
+            # How many calls had a sample away from the value: a sum, so that batches and
+            # processes add up, where a minimum would not. NaN passes neither comparison.
+            away = torch.stack([~((high <= value + EPSILON) & (low >= value - EPSILON)) for value in values]).float()
+            del self._waiting[key]  # what fails before fails at each site
+            for fields, part in zip(owns, away.split([len(x) for x in extremes[0]], 1), strict=True):
+                _add(fields, 'away', part)
+
+    def forget(self, site):
+        """ See :class:`.CallStatistic`. """
+        self._waiting = {key: left for key, calls in self._waiting.items()
+                         if (left := [call for call in calls if call[0] != site])}
+
+    finish = end_batch
 
 
 class Positive(CallStatistic):

@@ -137,6 +137,8 @@ class Rows(CallStatistic):
 
     def add(self, own, call):
         """ See :class:`.CallStatistic`. """
+        if call.is_part:  # products of units of different processes are missing
+            return
         units = min(call.units, MAX_UNITS)
         if call.site not in self._chosen:
             if not self._takes(call.site, units, self._wanted(units)):

@@ -12,6 +12,7 @@ from ..sharding import count_of, local_part
 # absolute values of 512 Ki numbers at a time, 1.9 for 256 Ki, 2.8 for 64 Ki. In one
 # pass, torch.linalg.vector_norm takes 5.8.
 _CHUNK = 1 << 19
+_ORDERS = {'abs': 1, 'squares': 2}
 
 
 def sums(tensors: dict[Hashable, torch.Tensor], fields: Collection[str]) -> dict[str, dict]:
@@ -37,23 +38,25 @@ def sums(tensors: dict[Hashable, torch.Tensor], fields: Collection[str]) -> dict
     if not tensors:
         return {}
     parts, shares = zip(*map(local_part, tensors.values()), strict=True)
-    found = {}
+    read = [field for field in ('abs', 'squares', 'nonfinite') if field in fields]
+    found = {field: [None] * len(parts) for field in read}
+    # A network may be spread over several devices, and multi-tensor kernels take tensors of one type.
+    kinds = [(part.device, None if part.is_cpu else part.dtype) for part in parts] if read else []
+    for kind in dict.fromkeys(kinds):
+        where = [i for i, own in enumerate(kinds) if own == kind]
+        function = _sums_on_cpu if kind[0].type == 'cpu' else _sums_on_device
+        for field, row in zip(read, function([parts[i] for i in where], read), strict=True):
+            # Few calls of torch for many tensors: one for each field.
+            for i, x in zip(where, row.unbind(), strict=True):
+                found[field][i] = x if shares[i] == 1 else x * shares[i]
     if 'count' in fields:
         found['count'] = [count_of(tensor, share) for tensor, share in zip(tensors.values(), shares, strict=True)]
-    read = [field for field in ('abs', 'squares', 'nonfinite') if field in fields]
-    if read:
-        rows = _sums_on_cpu(parts, read) if parts[0].device.type == 'cpu' else _sums_on_device(parts, read)
-        for field, row in zip(read, rows, strict=True):
-            # Few calls of torch for many tensors: one for each field.
-            found[field] = [x if share == 1 else x * share for x, share in zip(row.unbind(), shares, strict=True)]
     return {field: dict(zip(tensors, found[field], strict=True)) for field in fields}
 
 
 def _sums_on_cpu(parts, read):
-    orders = [field for field in read if field != 'nonfinite']
-    rows = torch.zeros(len(orders), len(parts), dtype=torch.float64)
-    if orders:
-        rows = _chunked(parts, orders)
+    orders = [field for field in read if field in _ORDERS]
+    rows = _chunked(parts, orders) if orders else torch.zeros(0, len(parts), dtype=torch.float64)
     if 'nonfinite' not in read:
         return rows
     bad = rows.new_zeros(len(parts))
@@ -86,18 +89,11 @@ def _chunked(parts, orders):
 
 
 def _sums_on_device(parts, read):
-    """ A few kernels for all tensors of one type. """
-    rows = []
-    for order, field in ((1, 'abs'), (2, 'squares')):
+    """ A few kernels for all tensors, which are of one type. """
+    wide, rows = torch.float64 if parts[0].dtype is torch.float64 else torch.float32, []
+    for field, order in _ORDERS.items():
         if field in read:
-            norms = [None] * len(parts)
-            for dtype in {part.dtype for part in parts}:
-                where = [i for i, part in enumerate(parts) if part.dtype is dtype]
-                wide = dtype if dtype is torch.float64 else torch.float32
-                for i, norm in zip(where, torch._foreach_norm([parts[i] for i in where], order, dtype=wide),
-                                   strict=True):
-                    norms[i] = double(norm)
-            norms = torch.stack(norms)
+            norms = double(torch.stack(torch._foreach_norm(parts, order, dtype=wide)))
             rows.append(norms if order == 1 else norms.square())
     if 'nonfinite' in read:
         # Whether it is worth to count, only the host could tell: two kernels a tensor.

@@ -13,6 +13,7 @@ File                What it knows
 ``trails.py``       which tensor came from where, and which activations are hidden layers
 ``modules.py``      which modules run
 ``experts.py``      modules that might have run
+``sharded.py``      activations of which each process has a part
 ``capture.py``      the mode that joins them, and sees each call
 ``opening.py``      what is switched on meanwhile, and how it goes back
 ``examples.py``     how many examples a batch has

@@ -21,10 +21,12 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from .axes import Part, default_axis, each_apart, units_in, units_last
+from ...sharding import is_sharded
+from .axes import Part, default_axis, each_apart, follow_units, units_in, units_last
 from .functions import OUTPUTS, SATURATED_VALUES, level, saturated_values
 from .modules import FUSED_FUNCTIONS, Hooks, Modules
 from .opening import Opening
+from .sharded import Conversions, Shards, shards_of
 from .sites import Site
 from .trails import Trails, tensors_in
 from .written import CASTS, COMPARISONS, GATES, WRITTEN, as_written
@@ -104,7 +106,8 @@ class Capture:
         self._at_work = False
         self._broken = False
         self._mode = _Mode(self)
-        self._opening = Opening(self._mode, Hooks(_weakly(self._entering), _weakly(self._leaving)))
+        self._opening = Opening(self._mode, Hooks(_weakly(self._entering), _weakly(self._leaving)),
+                                Conversions(_weakly(self._converted)))
         # Private names of torch: where one is missing, no capture opens, and nothing else is lost.
         self._graph_task = torch._C._current_graph_task_id
         self._functorch_level = torch._C._functorch.peek_interpreter_stack
@@ -213,6 +216,11 @@ class Capture:
 
     # --- the functions that are called -------------------------------------
 
+    def _converted(self, name, source, output):
+        if self._graph_task() == -1 and isinstance(source, torch.Tensor):
+            with torch._C.DisableTorchFunction():
+                self._guard(self._trails.convert, name, source, output)
+
     def called(self, func, args, kwargs, output):
         """ Note one call of a torch function, and what it returned. """
         # Activation checkpointing runs the forward again inside backward.
@@ -263,14 +271,16 @@ class Capture:
 
     def _report(self, name, output, values, above, parts=(), is_hinge=False):
         trail, path = self._trails.get(output), self._modules.path
-        if not _can_be_read(output):
-            if _is_strange(output):
-                self.unseen[path] = f'{name} of a {type(output).__name__}, which has no numbers of its own'
+        local = _local(output)
+        if not _can_be_read(local):
+            if _is_strange(local):
+                self.unseen[path] = f'{name} of a {type(local).__name__}, which has no numbers of its own'
             return
         if trail is None:
-            layer, nth, place, matrices = '', 0, (Part(default_axis(output), output.shape[default_axis(output)]),), ()
+            layer, nth, matrices, shards = '', 0, (), None
+            place = (Part(default_axis(output), output.shape[default_axis(output)]),)
         else:
-            layer, place, matrices = trail.run.layer, trail.place, trail.matrices
+            layer, place, matrices, shards = trail.run.layer, trail.place, trail.matrices, trail.shards
             key = path, name, trail.extent
             nth = trail.run.calls.get(key, 0)
             trail.run.calls[key] = nth + 1
@@ -279,12 +289,16 @@ class Capture:
             self.without_units.add(site)
             self._trails.activate(output, name, (site,), parts)
             return
+        if local is not output:
+            shards = shards_of(output, place, matrices)
+            place = follow_units('to_local', (), {}, output, place, local)
         with _unseen(), torch.no_grad():
-            pieces = [(layer, output.detach().as_subclass(torch.Tensor), place)]
+            pieces = [(layer, local.detach().as_subclass(torch.Tensor), place)]
             if matrices:  # each expert of a mixture is a layer of its own
                 pieces = [(f'{layer}.{i}', one, (Part(one.ndim - 1, one.shape[-1]),))
                           for i, one in enumerate(each_apart(pieces[0][1], place, matrices, trail.labels))]
-            sites = tuple(self._site(path, name, own_layer, nth, units_in(own)) for own_layer, _, own in pieces)
+            sites = tuple(self._site(path, name, own_layer, nth, units_in(own), shards)
+                          for own_layer, _, own in pieces)
             self._trails.activate(output, name, sites, parts)
             self.values.update(dict.fromkeys(sites, values))
             is_named = self._names(path)
@@ -302,12 +316,15 @@ class Capture:
         return (name not in OUTPUTS and not is_hinge and trail is not None and trail.run.is_trained
                 and self._modules.holds(trail.run.layer))
 
-    def _site(self, path, *key):
-        key = (path, *key)
+    def _site(self, path, name, layer, nth, units, shards=None):
+        key = path, name, layer, nth, units, shards
         site = self._sites.get(key)
         if site is None:
             running = self._modules.top
-            site = self._sites[key] = Site(*key, is_module=running is not None and running.is_leaf)
+            shards = (shards or Shards()).of(units)
+            site = self._sites[key] = Site(
+                path, name, layer, nth, units if shards.offset is None else shards.units,
+                running is not None and running.is_leaf, shards.offset, shards.samples)
         return site
 
     def _look(self, site, *seen):
@@ -369,6 +386,14 @@ def _unseen():
         # What adds up in one look has to take calls from inside and from outside of it.
         contexts.enter_context(torch.inference_mode(False))
     return contexts
+
+
+def _local(tensor):
+    """ What this process has of a DTensor. """
+    if type(tensor) in _PLAIN or not is_sharded(tensor):
+        return tensor
+    with torch.no_grad():
+        return tensor.to_local()
 
 
 def _can_be_read(tensor):

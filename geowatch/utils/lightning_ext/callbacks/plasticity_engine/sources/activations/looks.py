@@ -20,7 +20,7 @@ class Looks:
 
     Args:
         samples (int): examples per measurement
-        processes (int): how many train together
+        processes (Processes): that train together
         wants (Callable[[str], bool]): of the path of a layer
         faults (Faults): where failures stay
         needing (Callable): needing(metrics, fields): those of the metrics that need any of some additive fields
@@ -33,9 +33,10 @@ class Looks:
 
     Example:
         >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.faults import Faults
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.processes import Processes
         >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.looks import Looks
         >>> import torch
-        >>> looks = Looks(2000, 1, lambda layer: True, Faults(), lambda metrics, fields: metrics)
+        >>> looks = Looks(2000, Processes(1, 'cpu'), lambda layer: True, Faults(), lambda metrics, fields: metrics)
         >>> looks.open(['dead_units'], ['away'])
         >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 1))
         >>> looks.look(model, torch.ones(5, 3))
@@ -74,7 +75,7 @@ class Looks:
             **kwargs: see :class:`.window.Window`
         """
         if metrics:
-            window = Window(metrics, fields, self._samples, self._processes, start,
+            window = Window(metrics, fields, self._samples, self._processes.replicas, start,
                             on_error=lambda failed: self._faults.fail(self._needing(metrics, failed)), **kwargs)
             window.hidden = set()
             self.windows.append(window)
@@ -151,6 +152,9 @@ class Looks:
     def _name_left_out(self, window):
         self.unseen.update({site.module: f'{site.function} {why}' for site, why in window.apart.items()
                             if why and site in window.hidden})
+        if window.has_rows:
+            self.unseen.update({site.module: f'ranks of features of {site.function}, whose units are spread over '
+                                             'processes' for site in window.parts & window.hidden})
 
     def why_nothing(self):
         """ What there was to see (str), for a metric of activations that was never measured. """
@@ -176,7 +180,7 @@ class Looks:
         Returns:
             List[Window]: the same on all processes
         """
-        if self._processes == 1:
+        if self._processes.count == 1:
             return [window for window in self.windows if window.is_full]
         return [window for window in self.windows if window.poll.is_due(window.batches)]
 

@@ -30,11 +30,11 @@ _EXPORT = 'torch.export._trace'
 
 class Opening:
     """
-    A mode, two hooks of all modules, and code that runs as it is written.
+    A mode, hooks of torch, and code that runs as it is written.
 
     Args:
         mode (TorchFunctionMode):
-        hooks (object): with ``attach()`` and ``detach()``, see :class:`.modules.Hooks`
+        *hooks (object): with ``attach()`` and ``detach()``, see :class:`.modules.Hooks`
 
     Attributes:
         is_on (bool): not while something is exported
@@ -54,7 +54,7 @@ class Opening:
         >>> assert _get_current_function_mode() is None
     """
 
-    def __init__(self, mode, hooks):
+    def __init__(self, mode, *hooks):
         self._mode = mode
         self._hooks = hooks
         self._stance = self._stance_before = None
@@ -89,7 +89,8 @@ class Opening:
         # Not by the function for it, after which warnings that were said once are said again.
         self._filters = warnings.filters
         self._filters.insert(0, self._silence)
-        self._hooks.attach()
+        for hooks in self._hooks:
+            hooks.attach()
         self.push()
 
     def push(self):
@@ -108,7 +109,8 @@ class Opening:
     def switch_off(self):
         """ Switch off whatever is on. """
         self.pop()
-        self._hooks.detach()
+        for hooks in self._hooks:
+            hooks.detach()
         if self._stance is not None:
             from torch._dynamo import eval_frame
             # Whoever will restore ours, since it was on when theirs came, restores what was there before.

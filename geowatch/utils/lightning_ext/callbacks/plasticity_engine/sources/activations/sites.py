@@ -17,8 +17,10 @@ class Site:
             registered as an activation
         layer (str): path of the layer that produced the input
         nth (int): how many such calls came before since that layer ran
-        units (int): number of units
+        units (int): number of units, on all processes together
         is_module (bool): True if the module is one activation, as ``nn.ReLU``
+        offset (int | None): the first of the units that this process has; None if it has all
+        samples (Tuple[int, ...]): which part of the samples of its batch this process has
 
     Example:
         >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.sites import Site
@@ -33,6 +35,8 @@ class Site:
     nth: int = 0
     units: int = dataclasses.field(default=0, compare=False)  # one site has one number of units
     is_module: bool = False
+    offset: int | None = dataclasses.field(default=None, compare=False)
+    samples: tuple = dataclasses.field(default=(), compare=False)
 
     def names(self) -> list[str]:
         """ Names from the shortest to the one that tells all sites apart. """

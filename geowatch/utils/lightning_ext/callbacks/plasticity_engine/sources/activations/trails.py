@@ -17,6 +17,7 @@ from .axes import MOVES, SLICES, Place, follow_units, units_in, whole
 from .layers import LAYERS, NORM_AXIS, layer_places
 from .owners import LOOKUPS, MASKS, Owners, slice_name
 from .products import OPERANDS, PRODUCTS, follow_product
+from .sharded import Shards, is_summand, shards_of
 from .written import CASTS, COMPARISONS
 
 _NONE = frozenset()
@@ -64,6 +65,7 @@ class Trail(NamedTuple):
         acts (Tuple[Tuple[str, Tuple[Site, ...]], ...]): activations since the root
         pending (FrozenSet[Site]): those since the last trained layer
         is_trained (bool): whether there is a trained layer on the way
+        shards (Shards | None): which part of all this process has, where the tensor does not tell it itself
     """
     run: Run
     place: Place
@@ -74,6 +76,7 @@ class Trail(NamedTuple):
     acts: tuple = ()
     pending: frozenset = _NONE
     is_trained: bool = True
+    shards: Shards | None = None
 
 
 class _Known(weakref.ref):
@@ -223,7 +226,7 @@ class Trails:
 
     def _moved(self, name, args, kwargs, source, trail, x, pending, is_trained, root, place):
         """ The trail of what a call has made of a tensor that has one: the same, where nothing has moved. """
-        run, before, matrices, labels, extent, old_root, acts, *_ = trail
+        run, before, matrices, labels, extent, old_root, acts, *_, shards = trail
         if place is None:
             place = follow_units(name, args, kwargs, source, before, x)
             if matrices:
@@ -238,7 +241,26 @@ class Trails:
             old_root, acts = root, ()
         elif place is before and pending is trail.pending and is_trained is trail.is_trained:
             return trail
-        return Trail(run, place, matrices, labels, extent, old_root, acts, pending, is_trained)
+        return Trail(run, place, matrices, labels, extent, old_root, acts, pending, is_trained, shards)
+
+    def convert(self, name, source, output):
+        """
+        Note that a local tensor was made of a DTensor, or the other way round.
+
+        Args:
+            name (str): of the method
+            source (Tensor):
+            output (Tensor):
+        """
+        trail = self.get(source)
+        if trail is not None:
+            shards = None
+            if name == 'to_local':
+                if is_summand(source):
+                    return
+                shards = shards_of(source, trail.place, trail.matrices)
+            moved = self._moved(name, (), {}, source, trail, output, trail.pending, trail.is_trained, None, None)
+            self.remember(output, moved._replace(shards=shards))
 
     # --- layers ------------------------------------------------------------------
 
@@ -284,7 +306,9 @@ class Trails:
         if is_trained:
             self.confirmed |= pending
             pending = _NONE
-        return self._trail(layer, (), is_trained, pending, any(trail.is_trained for trail in trails))
+        samples = max((trail.shards.samples for trail in trails if trail.shards), default=())
+        return self._trail(layer, (), is_trained, pending, any(trail.is_trained for trail in trails))._replace(
+            shards=Shards(samples=samples) if samples else None)
 
     def _trail(self, layer, place, is_trained, pending=_NONE, after_trained=False):
         order = next(self._order)

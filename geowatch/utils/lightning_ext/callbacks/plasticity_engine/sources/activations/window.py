@@ -26,7 +26,7 @@ class Window:
         metrics (List[str]): what it is for
         fields (Collection[str]): additive ones of the source 'activations'
         samples (int): examples that all processes together have to see
-        processes (int): how many there are
+        processes (int): how many there are, each with examples of its own
         start (bool): it is of the network before its first step
         on_error (Callable | None): called with the fields that have failed and
             are not made any more; by default an error is raised
@@ -41,6 +41,7 @@ class Window:
         ran (Set[str]): paths of modules that ran
         idle (Dict[Site, Tuple[float, ...]]): hidden layers that no sample has
             reached, and the values at which their units are dead
+        parts (Set[Site]): those of which this process has a part of the units
         values (Dict[Site, Tuple[float, ...]]): the same of all sites that were seen, hidden or not
 
     Example:
@@ -68,6 +69,7 @@ class Window:
         self.hidden = None
         self.apart, self.ran = {}, set()
         self.idle, self.values = {}, {}
+        self.parts = set()
         self._units = {}
         self._sites = {}
         self._seen = set()  # sites of this batch
@@ -79,6 +81,11 @@ class Window:
     def is_full(self):
         """ Whether this process has seen enough. """
         return self.examples >= self.wanted
+
+    @property
+    def has_rows(self):
+        """ Whether ranks of features are made of it. """
+        return any('gram' in maker.fields for maker in self._makers)
 
     def begin_batch(self, batch, left=math.inf):
         """
@@ -120,6 +127,7 @@ class Window:
         if site not in self.apart:
             self.values[site] = call.values
             self._seen.add(site)
+            self.parts |= {site} if call.is_part else set()
             self._at_site('add', site, self._sites.setdefault(site, {}), call)
 
     def end_batch(self):
