@@ -27,7 +27,7 @@ html_theme = 'furo'
 html_title = project
 html_show_copyright = False
 html_static_path = ['static']
-html_css_files = ['formula.css']
+html_css_files = ['formula.css', 'code.css']
 html_math_renderer = 'mathml'
 pygments_style = 'friendly'
 

@@ -298,7 +298,7 @@ def test_a_missing_library_is_one_line_and_code_2_and_the_page_needs_none(tmp_pa
     capsys.readouterr()
     assert PlasticityReportCLI.main(cmdline=0, runs=[str(folder)], png=True) == 2
     (complaint,) = capsys.readouterr().err.splitlines()
-    assert 'matplotlib' in complaint and "pip install 'geowatch-plasticity[report]'" in complaint
+    assert 'matplotlib' in complaint and 'pip install matplotlib' in complaint
 
 
 def test_the_command_imports_neither_torch_nor_lightning(tmp_path):

@@ -190,7 +190,7 @@ def _import_host():
         from geowatch.tasks.fusion import fit_lightning
     except ImportError as ex:
         sys.exit(f'geowatch fit needs geowatch, which cannot be imported ({ex}). '
-                 "Install it with: pip install 'geowatch-plasticity[geowatch]'")
+                 'Install it with: pip install geowatch')
     return fit_lightning
 
 

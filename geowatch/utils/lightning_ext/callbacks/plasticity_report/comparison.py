@@ -151,8 +151,9 @@ class Comparison:
                 rows.append(f'<tr>{_cells("th", [setting_text(value) if grid.titles[1] else ""])}{"".join(tds)}</tr>')
             title = ', '.join(filter(None, [facet.label, f'{quantity.title} at the end' if quantity else 'verdicts',
                                             f'{grid.titles[0]} from left to right']))
-            parts.append(f'<table style="margin:0 0 .8em;text-align:center"><caption style="text-align:left">'
-                         f'{html.escape(readable(title))}</caption><tr>{heads}</tr>{"".join(rows)}</table>')
+            parts.append('<table style="margin:0 0 .8em;text-align:center">'
+                         f'<caption style="text-align:left;white-space:nowrap">{html.escape(readable(title))}</caption>'
+                         f'<tr>{heads}</tr>{"".join(rows)}</table>')
         return ''.join(parts)
 
     def _table_html(self):
@@ -217,7 +218,7 @@ def _ends(name, trend):
         return 'not measured' if trend is None else 'never finite'
     words = describe(name)
     broke = f', not finite from step {trend.broke_at}' if trend.broke_at is not None else ''
-    return f'{words.text(trend.start)} \u2192 {words.text(trend.end)}{broke}'
+    return f'{words.text(trend.start)}\u00a0\u2192\u00a0{words.text(trend.end)}{broke}'
 
 
 def _colours(part):

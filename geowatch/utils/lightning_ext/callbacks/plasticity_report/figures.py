@@ -73,7 +73,7 @@ def _fonts():
     try:
         import matplotlib
     except ImportError as ex:
-        raise ReportError(f"The pictures need matplotlib: pip install 'geowatch-plasticity[report]' ({ex})") from None
+        raise ReportError(f'The pictures need matplotlib: pip install matplotlib ({ex})') from None
     return matplotlib.rc_context({'font.family': families()})
 
 

@@ -172,6 +172,6 @@ def import_pandas():
     try:
         import pandas
     except ImportError as ex:
-        raise ImportError("Expected pandas, which makes DataFrames, but it could not be imported: "
-                          f"pip install pandas, or the extra `report` of this package ({ex})") from None
+        raise ImportError(f'Expected pandas, which DataFrames need, but it is not there: pip install pandas ({ex})'
+                          ) from None
     return pandas
