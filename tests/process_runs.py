@@ -600,7 +600,9 @@ def statistics_of(model):
 
 def as_lists(totals):
     """ Statistics as JSON has them. """
-    return {f'{source}.{field}': {layer: torch.as_tensor(x, dtype=torch.float64).tolist() for layer, x in own.items()}
+    from geowatch.utils.lightning_ext.callbacks.plasticity_engine.statistics.spectrum import made
+    return {f'{source}.{field}': {layer: torch.as_tensor(made(x), dtype=torch.float64).tolist()
+                                  for layer, x in own.items()}
             for (source, field), own in totals.items()}
 
 

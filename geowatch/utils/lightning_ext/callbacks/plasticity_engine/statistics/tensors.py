@@ -18,7 +18,7 @@ class Gram:
     than the tensor. It adds up over the parts that processes hold.
 
     Args:
-        tensor (Tensor | Slice): of two or more dimensions, which does not change until then
+        tensor (Tensor | Slice | Weight): of two or more dimensions, which does not change until then
         factor (float): by which the matrix is multiplied
 
     Attributes:
@@ -33,7 +33,7 @@ class Gram:
     """
 
     def __init__(self, tensor, factor=1.):
-        self._tensor = tensor
+        self._tensor = tensor = tensor.detach()
         self._factor = factor
         rows = tensor.shape[0]
         size = min(rows, tensor.numel() // rows)
