@@ -361,7 +361,7 @@ def test_a_network_on_two_devices():
 
 
 def test_a_look_never_waits(monkeypatch):
-    monkeypatch.setattr(capture, '_is_wrapper', lambda x: False)
+    monkeypatch.setattr(capture, '_is_fake', lambda x: False)
     monkeypatch.setattr(capture, '_unseen', contextlib.nullcontext)
     with elsewhere() as crossings:
         with torch.device('cuda'):

@@ -52,7 +52,7 @@ from .sources.weights import Trained, parameters_of, walk, wanted, weights_of
 from .steps import Steps
 from .verdict import Curves, words_on
 
-# What the user has not set an interval for and is expensive may cost 1 % of the time beyond its first 5 seconds.
+# What is expensive may cost 1 % of the time beyond its first 5 seconds, where nobody has set a budget or its interval.
 _THRIFT = '1%', 5.
 
 
@@ -82,7 +82,7 @@ class Fit:
         self.trainer = trainer
         self.metrics = {name: METRICS[name] for name in settings.intervals}
         self.limited = {name for name, interval in settings.intervals.items() if settings.budget is not None
-                        or interval == 'auto' and takes_turns(METRICS[name])}
+                        or interval == 'auto' and (takes_turns(METRICS[name]) or METRICS[name].sees_activations)}
         self.run = run
         self.moment = Moment(-1, None, False)
         self.last = LastStep()

@@ -309,6 +309,10 @@ class Publisher:
         asked = {name: steps_of(schedule, fit.trainer, steps, numbers['seconds'])
                  for name, schedule in schedules.items()}
         overhead, waits = fit.budget.plan(numbers, steps, asked)
+        if fit.settings.budget is None:
+            # To look once for all is cheaper than once for each.
+            looks = {name: wait for name, wait in waits.items() if fit.metrics[name].sees_activations}
+            waits.update(dict.fromkeys(looks, max(looks.values(), default=0)))
         intervals = {}
         for name, schedule in schedules.items():
             wait = waits.get(name, 0)
