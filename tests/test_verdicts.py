@@ -134,6 +134,16 @@ def test_a_run_alone_is_judged_by_its_own_start(tmp_path, name):
     assert (said.word, said.best) == (word, False)
 
 
+def test_a_loss_that_came_down_at_once_is_no_network_that_hardly_moved(tmp_path):
+    """ As of a large network after few steps, whose weights are what they were to a percent. """
+    made(tmp_path / 'run', STILL)
+    losses = {-1: 0.66, 9: 0.3, **dict.fromkeys(range(19, 100, 10), 0.28)}
+    (tmp_path / 'run' / 'metrics.csv').write_text('step,train_loss\n' + ''.join(
+        f'{step},{loss}\n' for step, loss in losses.items()))
+    (said,) = verdicts(tmp_path / 'run').values()
+    assert (said.word, said.rate) == ('slow', 'too low')
+
+
 def test_older_files_take_the_earliest_of_comparable_runs(tmp_path):
     """ Alone, what has collapsed before the first measurement has nothing to be compared with. """
     lines = [line(name, step, 1., LAYERS) for step in (49, 99) for name in ('weight_mag', 'feature_erank')]

@@ -23,6 +23,8 @@ LEAST_WON = 0.02
 MOST_LINES = 5
 # How far the loss of a run alone must have come.
 SOME_WAY, LONG_WAY = 0.1, 0.6
+# A loss of which so much is left has come down, however little the weights have moved.
+HALVED = 0.5
 
 
 @dataclasses.dataclass
@@ -163,7 +165,8 @@ class _Bench:
     def still(self, i):
         if self.found[i].is_still():
             own = self.loss or self.score
-            came = self.gain(i) > SOME_WAY or len(self.runs) == 1 and own is not None and own.progress(i) > SOME_WAY
+            came = self.gain(i) > SOME_WAY or len(self.runs) == 1 and own is not None and (
+                own.progress(i) > SOME_WAY or own is self.loss and own.ends[i] < HALVED * own.start)
             return Verdict('slow' if came else 'hardly moved', '; '.join(self.moves(i) + self.outcome(i)),
                            rate='too low')
 
