@@ -183,6 +183,14 @@ def test_a_loss_that_explodes(tmp_path):
     assert said['high'].reason == 'train_loss 40 at the end, 2.3 in the fresh network'
 
 
+def test_a_loss_that_comes_down_from_an_explosion_is_nothing_learned(tmp_path):
+    """ Of a run alone, whose network is dead. """
+    folder = made(tmp_path / 'a', {**COLLAPSED, 'grad_mag': 1e-3})
+    (folder / 'metrics.csv').write_text('step,train_loss\n' + ''.join(
+        f'{step},{3e7 / (step + 1) ** 3}\n' for step in range(9, 100, 10)))
+    assert verdicts(folder)['a'].word == 'collapsed'
+
+
 def test_one_gradient_that_overflows_is_no_divergence(tmp_path):
     """ With a GradScaler that is how it finds its scale. """
     lines = [line('grad_mag', step, None if step == 29 else 1e-3) for step in (9, 19, 29)]

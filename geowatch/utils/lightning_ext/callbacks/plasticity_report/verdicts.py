@@ -126,7 +126,8 @@ class _Bench:
         if not math.isnan(self.gain(i)):
             return not self.is_behind(i)
         own = self.loss or self.score
-        return own is not None and len(self.runs) == 1 and own.progress(i) > LONG_WAY
+        # A loss that has come down from an explosion has come a long way, too.
+        return own is not None and len(self.runs) == 1 and own.progress(i) > LONG_WAY and not self.found[i].lost()
 
     def judge(self, i):
         """ The first rule that holds. """
