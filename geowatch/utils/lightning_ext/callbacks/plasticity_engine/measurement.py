@@ -275,7 +275,7 @@ def evaluate(metric: Metric, numbers: Numbers, before: Numbers | None = None, re
                     columns['no_sample'] = True  # as of an expert that no token has reached
             if share:
                 columns['nonfinite'] = share
-            elif all(np.isfinite(table[name]).all() for table in tables):
+            elif all(_is_finite(table[name]) for table in tables):
                 finite.append(name)
             layers[name] = columns
         if metric.network == 'sum':
@@ -296,6 +296,11 @@ def _waiting(metric, numbers, names, earlier):
         seen = all(name in numbers.get((source, 'nonfinite'), {}) for source in metric.sources)
         if seen and name not in names and numbers.get(('activations', 'samples'), {}).get(name, 1.):
             yield name, columns
+
+
+def _is_finite(x):
+    # NumPy takes some microseconds for what may be one number.
+    return math.isfinite(x) if isinstance(x, float) else np.isfinite(x).all()
 
 
 def _nonfinite_share(numbers, source, name):
