@@ -40,7 +40,8 @@ def nothing_is_left():
     yield
     gc.collect()
     assert not left_behind() and eval_frame._stance == eval_frame.DynamoStance() and not opening._open
-    assert not hasattr(torch.export._trace._export, 'of_torch')
+    assert not hasattr(getattr(sys.modules.get('torch.export._trace'), '_export', None), 'of_torch')
+    assert opening._Arrival not in sys.meta_path
 
 
 class Doubles(TorchFunctionMode):
@@ -341,9 +342,13 @@ class Exports(Net):
         return super().forward(x)
 
 
-@pytest.mark.parametrize('source, strict', [('train', True), ('validation', True), ('train', False)])
-def test_what_is_exported_meanwhile(tmp_path, source, strict):
-    """ Is what it would be without us, and what runs after it is seen. """
+@pytest.mark.parametrize('source, strict, is_first', [
+    ('train', True, True), ('train', True, False), ('validation', True, False), ('train', False, False)])
+def test_what_is_exported_meanwhile(tmp_path, monkeypatch, source, strict, is_first):
+    """ Is what it would be without us, and what runs after it is seen, also where torch loads its exports for it. """
+    if is_first:
+        monkeypatch.delitem(sys.modules, 'torch.export._trace', raising=False)
+
     def run(monitor, name):
         net = make_net(Exports)
         net.strict, net.in_training = strict, source == 'train'

@@ -10,7 +10,7 @@ from ...statistics.calls import Call
 from ..weights import clean_name
 from .capture import Capture
 from .experts import alike, of_idle_siblings
-from .opening import is_open_elsewhere, know_exports
+from .opening import is_open_elsewhere
 from .window import Window
 
 
@@ -62,7 +62,6 @@ class Looks:
         self._capture = None
         self._looking = []
         self._refused = False
-        know_exports()
 
     def open(self, metrics, fields, start=False, **kwargs):
         """

@@ -10,9 +10,8 @@ can be interrupted anywhere and done again.
 While torch.export follows the code of a model, all of it is off: Dynamo would
 follow our hooks as well, and take the model for one that is called otherwise.
 """
-import contextlib
 import functools
-import importlib
+import importlib.machinery
 import re
 import sys
 import threading
@@ -159,20 +158,35 @@ def is_open_elsewhere() -> bool:
 
 # --- what is exported meanwhile ---------------------------------------------------
 
-def know_exports():
-    """ Load what torch.export loads when it is first called: too late for a capture that is open then. """
-    with contextlib.suppress(Exception):
-        importlib.import_module(_EXPORT)
+class _Arrival:
+    """ Sees torch.export load what it goes through, which it does as it is first called: half a second of imports. """
+
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        """ See :class:`importlib.abc.MetaPathFinder`. """
+        spec = importlib.machinery.PathFinder.find_spec(name, path) if name == _EXPORT else None
+        if spec is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module):
+                execute(module)
+                if _open:
+                    _look_out_for_exports()
+            spec.loader.exec_module = exec_module
+        return spec
 
 
 def _look_out_for_exports():
     trace = sys.modules.get(_EXPORT)
+    if trace is None and _Arrival not in sys.meta_path:
+        sys.meta_path.insert(0, _Arrival)
     export = getattr(trace, '_export', None)
     if export is not None and not hasattr(export, 'of_torch'):
         trace._export = _without_us(export)
 
 
 def _look_out_no_more():
+    sys.meta_path[:] = [finder for finder in sys.meta_path if finder is not _Arrival]
     trace = sys.modules.get(_EXPORT)
     export = getattr(trace, '_export', None)
     if hasattr(export, 'of_torch'):
