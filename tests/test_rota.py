@@ -101,6 +101,16 @@ def test_a_resumed_run_goes_on_with_the_next(tmp_path, one_at_a_time):
     assert all(len(line['layers']) == 3 for line in again)
 
 
+def test_a_moment_begins_once(tmp_path, monkeypatch):
+    """ Also where it has weights and features, or the second of them would get no share of the time before. """
+    begun = []
+    monkeypatch.setattr(Rota, 'begin', lambda self, now, pace, begin=Rota.begin: (begun.append(now),
+                                                                                  begin(self, now, pace)))
+    fit(tmp_path, PlasticityMonitor('erank,feature_erank', interval='epoch', source='train'), max_epochs=3)
+    # The weights before the first step, the features in it, and both at the end of each epoch.
+    assert len(begun) == 5 and begun == sorted(set(begun))
+
+
 def test_all_at_once_where_there_is_time(tmp_path):
     _, _, lines, _ = fit(tmp_path, PlasticityMonitor('all', interval=1))
     assert not [line for line in lines if 'fresh' in line]

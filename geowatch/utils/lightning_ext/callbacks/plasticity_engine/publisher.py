@@ -119,22 +119,25 @@ class Publisher:
         fit = self._fit
         try:
             return {
-                'failed': sorted(fit.faults.failed), 'now': time.monotonic(), 'pace': self._rota.pace,
-                'replica': fit.processes.replica,
+                **self._known(), 'unseen': fit.unsaid(),
                 'has': [[name for name in reading.metrics if name in fit.metrics and reading.has(fit.metrics[name])]
                         for reading in readings],
                 'examples': [reading.window and reading.window.examples for reading in readings],
-                'layout': layout_of([reading.parts for reading in readings]) if fit.processes.count > 1 else [],
-                'spent': fit.budget.numbers(), 'unseen': fit.unsaid()}
+                'layout': layout_of([reading.parts for reading in readings]) if fit.processes.count > 1 else []}
         except Exception:
             return self._failing(readings)
 
     def _failing(self, readings):
         """ What the others hear from this process inside an except block, whatever is wrong here. """
         self._fit.faults.fail(list(self._fit.metrics))
-        return {'failed': sorted(self._fit.faults.failed), 'now': time.monotonic(), 'pace': self._rota.pace,
-                'replica': self._fit.processes.replica, 'has': [[] for _ in readings],
-                'examples': [0 for _ in readings], 'layout': [], 'spent': self._fit.budget.numbers(), 'unseen': {}}
+        return {**self._known(), 'unseen': {}, 'has': [[] for _ in readings], 'examples': [0 for _ in readings],
+                'layout': []}
+
+    def _known(self):
+        """ What a message says whatever the readings are. """
+        fit = self._fit
+        return {'failed': sorted(fit.faults.failed), 'now': time.monotonic(), 'pace': self._rota.pace,
+                'replica': fit.processes.replica, 'spent': fit.budget.numbers()}
 
     def _is_complete(self, reading, examples):
         """ Whether all processes have seen enough; where they have not, the next question comes later. """
@@ -210,11 +213,12 @@ class Publisher:
     def _take_turns(self, readings, kept, layouts, message):
         """ Leave out the spectra of weights for which there is no time now, on all processes the same ones. """
         waiting, key = set(), ('weights', 'gram')
-        for index in kept:
+        of_spectra = {index: [self._fit.metrics[name] for name in readings[index].metrics
+                              if takes_turns(self._fit.metrics[name])] for index in kept}
+        if any(of_spectra.values()):
+            self._rota.begin(message['now'], message['pace'])
+        for index, metrics in of_spectra.items():
             reading = readings[index]
-            metrics = [self._fit.metrics[name] for name in reading.metrics if takes_turns(self._fit.metrics[name])]
-            if metrics:
-                self._rota.begin(message['now'], message['pace'])
             works = {layer: spectral_work(own.shape[0]) for layer, own in reading.whole.get(key, {}).items()}
             works |= {layer: spectral_work(shape[0]) for place, source, field, layer, shape in itertools.chain(*layouts)
                       if place == index and (source, field) == key}
