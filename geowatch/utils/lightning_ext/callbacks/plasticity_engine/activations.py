@@ -20,7 +20,6 @@ class Activations:
     Attributes:
         source (str | None): 'train' or 'validation', where they are seen
         looks (Looks): at them
-        watched (Set[str]): metrics that other callbacks look at after validation
         validated_step (int | None): the last at which there was validation
         held (Window | None): of this validation, in case it is the last
     """
@@ -28,7 +27,6 @@ class Activations:
     def __init__(self, fit, wants, names, needing):
         self.source = None
         self.looks = Looks(fit.settings.samples, fit.processes, wants, fit.faults, needing, names)
-        self.watched = set()
         self.validated_step = None
         self.held = None
         self._fit = fit
@@ -89,7 +87,7 @@ class Activations:
         names, moment = self.metrics, self._validated()
         if moment.step != self.validated_step:
             self.validated_step = moment.step
-            fit.agenda.want(self.watched.intersection(names), moment.step)
+            fit.agenda.want(fit.watched.intersection(names), moment.step)
         # Of a stream nobody knows the last one: each is looked at, and the last is what counts.
         is_last = is_last_validation(fit.trainer)
         self.open(fit.agenda.missing(moment, names) if is_last else fit.agenda.due(moment.step, names), moment)

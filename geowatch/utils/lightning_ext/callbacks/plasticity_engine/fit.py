@@ -70,6 +70,7 @@ class Fit:
     Attributes:
         metrics (Dict[str, Metric]): those that are measured still
         limited (Set[str]): those of them that wait where they would be too expensive
+        watched (Set[str]): those that other callbacks look at after validation
         activations (Activations): where and when they are looked at
         run (str): which its lines are of
         moment (Moment): of the step that goes on
@@ -83,6 +84,7 @@ class Fit:
         self.metrics = {name: METRICS[name] for name in settings.intervals}
         self.limited = {name for name, interval in settings.intervals.items() if settings.budget is not None
                         or interval == 'auto' and (takes_turns(METRICS[name]) or METRICS[name].sees_activations)}
+        self.watched = set()
         self.run = run
         self.moment = Moment(-1, None, False)
         self.last = LastStep()
@@ -103,7 +105,6 @@ class Fit:
         self._is_new = False     # whether the network is untrained
         self._is_open = False    # whether training is sure to begin
         self._reason = None      # why activations are not, or not quite, seen
-        self._watched = set()    # metrics that other callbacks look at after validation
         self._timers = []        # which may end the run after a batch
         self._held = []          # metrics that are read at this step in case it is the last
         self._told = None        # ids of parameters of whose steps Lightning tells; None for all
@@ -136,9 +137,9 @@ class Fit:
                              self.activations.metrics if self.activations.source == 'train' else (),
                              self.processes.count)
         self.publisher = Publisher(self)
-        self._watched = self.activations.watched = watched_by(trainer.callbacks) & set(self.metrics)
+        self.watched = watched_by(trainer.callbacks) & set(self.metrics)
         if settings.budget is None:
-            self.limited -= self._watched
+            self.limited -= self.watched
         # Processes have clocks of their own.
         self._timers = timers_of(trainer) if self.processes.count == 1 else []
         self.saved.restore()
@@ -215,7 +216,7 @@ class Fit:
         self.agenda.begin(moment)
         of_steps = [name for name, metric in self.metrics.items() if not metric.sees_activations]
         if validates_in_step(trainer):
-            self.agenda.want(self._watched.intersection(of_steps), step)
+            self.agenda.want(self.watched.intersection(of_steps), step)
         due = self.agenda.due(step, of_steps)
         # Weights can be read at any time; what is there at a step only is read at each that may be the last.
         self._held = [name for name in self.agenda.missing(moment, of_steps) if name not in due

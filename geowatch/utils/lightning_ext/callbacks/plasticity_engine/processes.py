@@ -62,7 +62,6 @@ class Processes:
         self.rank = dist.get_rank() if self.count > 1 else 0
         self.replica, self.replicas = replica if replica is not None and self.count > 1 else (self.rank, self.count)
         self.holding, self.holders = self.count, {}
-        self._device = device
         if self.count > 1:
             self._mine = torch.zeros(_MESSAGE, dtype=torch.uint8, device=device)
             self._theirs = [torch.zeros_like(self._mine) for _ in range(self.count)]
