@@ -13,11 +13,11 @@ from .frames import import_pandas, read
 from .grid import cell_value, limits, majority, make_grid, setting_text, shade
 from .runs import ReportError
 from .scalars import choose_under
+from .styles import DEEP, PALE
 from .verdicts import summary
 from .words import describe, in_order
 
-# The two ends of the scale of colours, and which text is read on them.
-PALE, DEEP = (238, 244, 251), (11, 79, 138)
+# What is read on the two ends of the scale of colours.
 DARK_TEXT, LIGHT_TEXT = '#1f2933', '#ffffff'
 # Names may hold what MathJax takes for a formula.
 PLAIN = 'tex2jax_ignore mathjax_ignore'
@@ -225,5 +225,6 @@ def _colours(part):
     """ Of a cell, also where the notebook is dark. """
     if part is None:
         return ''
-    mixed = [round(pale + part * (deep - pale)) for pale, deep in zip(PALE, DEEP, strict=True)]
+    ends = (bytes.fromhex(colour.removeprefix('#')) for colour in (PALE, DEEP))
+    mixed = [round(pale + part * (deep - pale)) for pale, deep in zip(*ends, strict=True)]
     return f'background:rgb{tuple(mixed)};color:{LIGHT_TEXT if part > 0.6 else DARK_TEXT}'

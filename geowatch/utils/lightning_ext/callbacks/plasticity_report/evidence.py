@@ -144,6 +144,24 @@ def gather(runs):
     return found
 
 
+def last_level(values):
+    """
+    Where a curve ended: the mean of its last tenth.
+
+    Args:
+        values (List[float]): in order
+
+    Returns:
+        float: nan where there is none, or where one of them is not finite
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_report.evidence import last_level
+        >>> last_level([5.] * 18 + [1., 3.]), last_level([1., float('nan')])
+        (2.0, nan)
+    """
+    return _mean(values[-max(1, len(values) // 10):])
+
+
 def _mean(values):
     return sum(values) / len(values) if values else math.nan
 
@@ -181,7 +199,7 @@ def compare(runs, found, name):
     if not any(curves) or not direction(name):
         return None
     courses = [list(curve.values()) for curve in curves]
-    ends = [_mean(own[-max(1, len(own) // 10):]) for own in courses]
+    ends = [last_level(own) for own in courses]
     # The untrained network has no score of its own: the run that moves least is nearest to it.
     firsts = [(one.distance(), own[0], one.is_still()) for one, own in zip(found, courses, strict=True) if own]
     _, start, is_known = min((own for own in firsts if math.isfinite(own[1])), default=(0., math.nan, False))

@@ -24,11 +24,10 @@ from .foreign import readable
 from .glyphs import drawable, families
 from .grid import cell_value, limits, majority, make_grid, setting_text, shade
 from .runs import ReportError
-from .styles import styles
+from .styles import DEEP, PALE, styles
 from .words import PANELS, describe, in_order
 
 INK, QUIET, GRID = '#1f2933', '#66727f', '#e3e7eb'
-PALE, DEEP = '#eef4fb', '#0b4f8a'
 
 
 def draw_all(table, out, x='step'):

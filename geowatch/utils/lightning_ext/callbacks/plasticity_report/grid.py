@@ -5,7 +5,7 @@ import collections
 import dataclasses
 import math
 
-from .evidence import gather
+from .evidence import gather, last_level
 from .foreign import readable
 from .scalars import direction, find_scalar
 from .words import describe
@@ -225,25 +225,6 @@ def _over_fresh(runs, name, title):
     starts = [one.fresh.get(name, math.nan) or math.nan for one in gather(runs)]
     values = [value / start for value, start in zip(_metric(runs, name).values, starts, strict=True)]
     return Quantity(title, values, lambda x: f'\u00d7{number_text(x)}')
-
-
-def last_level(values):
-    """
-    Where a curve ended: the mean of its last tenth, as for verdicts.
-
-    Args:
-        values (List[float]): in order
-
-    Returns:
-        float: nan where there is none, or where one of them is not finite
-
-    Example:
-        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_report.grid import last_level
-        >>> last_level([5.] * 18 + [1., 3.]), last_level([1., float('nan')])
-        (2.0, nan)
-    """
-    last = values[-max(1, len(values) // 10):]
-    return sum(last) / len(last) if last else math.nan
 
 
 def _seconds(run):

@@ -12,6 +12,8 @@ DARK_COLOURS = ('#4BA3DB', '#F0813A', '#2FC499', '#DD9ABF', '#7CC7F0', '#F2B84B'
 # From low to high, read by lightness as much as by hue.
 SEQUENCE = ('#2C0594', '#8707A6', '#C5407E', '#E8704F', '#EDA024')
 DARK_SEQUENCE = ('#8E86F5', '#B874E8', '#E26A9C', '#F7986A', '#FBD24D')
+# The two ends of the scale of the grid, as in page.css.
+PALE, DEEP = '#eef4fb', '#0b4f8a'
 DASHES = ('solid', 'dashed', 'dotted', 'dashdot')
 
 
