@@ -3,12 +3,14 @@ What several tests share: a small network, a run of it, and independent values.
 """
 import contextlib
 import copy
+import importlib.util
 import json
 import os
 import warnings
 from pathlib import Path
 
 import numpy as np
+import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers.logger import Logger
@@ -28,6 +30,15 @@ from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import METRICS, m
 
 # What is measured by default.
 TAGS = (*members('paper'), 'update_ratio')
+
+
+def skip_without(what, *names):
+    """ Skip a test, and say why, where one of some packages is not installed. """
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if missing:
+        reason = f'{what}: {", ".join(missing)} not installed'
+        print(reason)
+        pytest.skip(reason)
 
 
 def of_source(*sources):

@@ -606,12 +606,24 @@ def as_lists(totals):
             for (source, field), own in totals.items()}
 
 
+def write_sums(folder, model, together):
+    """ Add up the statistics of a model over the processes, which part then. """
+    from geowatch.utils.lightning_ext.callbacks.plasticity_engine.processes import layout_of
+    stats = statistics_of(model)
+    messages = together.exchange({'layout': layout_of([stats])})
+    (total,), _ = together.add_up([stats], [message['layout'] for message in messages])
+    if together.rank == 0:
+        with open(f'{folder}/found.json', 'w') as file:
+            json.dump(as_lists(total), file)
+    torch.distributed.destroy_process_group()
+
+
 def flattened(folder, sharding, keeps, is_made):
     """ Statistics of what FSDP1 has flattened, after a backward pass, added up over the processes. """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 
-    from geowatch.utils.lightning_ext.callbacks.plasticity_engine.processes import Processes, layout_of
+    from geowatch.utils.lightning_ext.callbacks.plasticity_engine.processes import Processes
     torch.distributed.init_process_group('gloo')
     together = Processes(torch.distributed.get_world_size(), 'cpu')
     mesh = init_device_mesh('cpu', (2, together.count // 2)) if 'HYBRID' in sharding else None
@@ -621,33 +633,21 @@ def flattened(folder, sharding, keeps, is_made):
         device_id=torch.device('cpu'), auto_wrap_policy=lambda module, recurse, nonwrapped_numel: recurse or isinstance(
             module, torch.nn.Conv2d))
     model(torch.randn(6, 3, 5, 5).double()).backward()
-    stats = statistics_of(model)
-    messages = together.exchange({'layout': layout_of([stats])})
-    (total,), _ = together.add_up([stats], [message['layout'] for message in messages])
-    if together.rank == 0:
-        with open(f'{folder}/found.json', 'w') as file:
-            json.dump(as_lists(total), file)
-    torch.distributed.destroy_process_group()
+    write_sums(folder, model, together)
 
 
 def made_in_shards(folder):
     """ Statistics of what a network makes of parameters that FSDP2 has sharded. """
     from torch.distributed.fsdp import fully_shard
 
-    from geowatch.utils.lightning_ext.callbacks.plasticity_engine.processes import Processes, layout_of
+    from geowatch.utils.lightning_ext.callbacks.plasticity_engine.processes import Processes
     torch.distributed.init_process_group('gloo')
     together = Processes(torch.distributed.get_world_size(), 'cpu')
     torch.manual_seed(0)
     model = Mixed(is_made=True).double().to(memory_format=torch.contiguous_format)  # all that it takes
     fully_shard(model, mesh=torch.distributed.init_device_mesh('cpu', (together.count,)))
     model(torch.randn(6, 3, 5, 5).double()).backward()
-    stats = statistics_of(model)
-    messages = together.exchange({'layout': layout_of([stats])})
-    (total,), _ = together.add_up([stats], [message['layout'] for message in messages])
-    if together.rank == 0:
-        with open(f'{folder}/found.json', 'w') as file:
-            json.dump(as_lists(total), file)
-    torch.distributed.destroy_process_group()
+    write_sums(folder, model, together)
 
 
 def as_deepspeed(model, stage):
@@ -677,7 +677,7 @@ def as_deepspeed(model, stage):
 
 def zero_stands_in(folder, stage):
     """ Statistics of what DeepSpeed's documented interface gives, added up over the processes. """
-    from geowatch.utils.lightning_ext.callbacks.plasticity_engine.processes import Processes, layout_of
+    from geowatch.utils.lightning_ext.callbacks.plasticity_engine.processes import Processes
     torch.distributed.init_process_group('gloo')
     sys.modules['deepspeed'] = types.ModuleType('deepspeed')
     sys.modules['deepspeed.utils'] = types.SimpleNamespace(
@@ -687,10 +687,4 @@ def zero_stands_in(folder, stage):
     model = Mixed().double()
     model(torch.randn(6, 3, 5, 5).double()).backward()
     as_deepspeed(model, stage)
-    stats = statistics_of(model)
-    messages = together.exchange({'layout': layout_of([stats])})
-    (total,), _ = together.add_up([stats], [message['layout'] for message in messages])
-    if together.rank == 0:
-        with open(f'{folder}/found.json', 'w') as file:
-            json.dump(as_lists(total), file)
-    torch.distributed.destroy_process_group()
+    write_sums(folder, model, together)

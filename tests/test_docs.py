@@ -1,7 +1,6 @@
 """
 The documentation: does it build without a warning, and does it name all that there is?
 """
-import importlib.util
 import inspect
 import os
 import re
@@ -10,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from common import skip_without
 from conftest import BUILT_IN_ACTIVATIONS
 
 from geowatch.cli.fit import FitCLI
@@ -51,11 +51,7 @@ def section(text, heading):
 
 @pytest.fixture(scope='module')
 def html(tmp_path_factory):
-    missing = [name for name in ('sphinx', 'myst_parser', 'furo') if importlib.util.find_spec(name) is None]
-    if missing:
-        reason = f'the documentation is not built: {", ".join(missing)} not installed'
-        print(reason)
-        pytest.skip(reason)
+    skip_without('the documentation is not built', 'sphinx', 'myst_parser', 'furo')
     out = tmp_path_factory.mktemp('html')
     run = subprocess.run([sys.executable, '-m', 'sphinx', '-W', '--keep-going', '-q', '-E', '-b', 'html',
                           '-d', str(out / 'doctrees'), str(DOCS), str(out)],

@@ -5,7 +5,6 @@ import copy
 import csv
 import gc
 import html.parser
-import importlib.util
 import io
 import json
 import math
@@ -17,7 +16,7 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 import torch
-from common import fit, read_lines
+from common import fit, read_lines, skip_without
 from test_report import drawing, line, two_runs, write_run
 
 from geowatch.utils.lightning_ext.callbacks.plasticity import PlasticityMonitor
@@ -270,11 +269,7 @@ def test_history_outlives_the_trainer_and_the_file(tmp_path):
 
 
 def test_the_notebook_runs(tmp_path):
-    missing = [name for name in ('nbclient', 'ipykernel', 'matplotlib') if importlib.util.find_spec(name) is None]
-    if missing:
-        reason = f'the notebook is not run: {", ".join(missing)} not installed'
-        print(reason)
-        pytest.skip(reason)
+    skip_without('the notebook is not run', 'nbclient', 'ipykernel', 'matplotlib')
     import nbformat
     from nbclient import NotebookClient
     notebook = nbformat.read(NOTEBOOK, as_version=4)
