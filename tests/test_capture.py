@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from zoo import Kernels, Seen
 
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations import functions
-from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.capture import Capture, name_of
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.capture import Capture, kind_of
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.functions import register_activation
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.modules import fused_modules
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.sites import site_names
@@ -586,9 +586,9 @@ def test_every_function_in_the_table_exists():
 
 def test_cost_of_names():
     """ What is looked up for each call is looked up once. """
-    name_of.cache_clear()
+    kind_of.cache_clear()
     watch(nn.Sequential(*(nn.ReLU() for _ in range(50))), torch.randn(2, 3))
-    info = name_of.cache_info()
+    info = kind_of.cache_info()
     assert info.misses <= 3 and info.hits >= 47
 
 

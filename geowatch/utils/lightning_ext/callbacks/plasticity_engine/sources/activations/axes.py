@@ -188,6 +188,7 @@ def parts_apart(tensor: torch.Tensor, place: Place) -> tuple[torch.Tensor, list[
 # Rules for where each axis goes: rule(args, kwargs, source, output) returns for
 # each axis of the source its axis in the output, None where it is gone.
 MOVES = Rules()
+_INTEGERS = frozenset((int,))
 _RESHAPES = {'reshape', 'view', 'flatten', 'unflatten', 'reshape_as', 'view_as', 'ravel'}
 
 
@@ -236,17 +237,21 @@ def follow_units(name: str, args: tuple, kwargs: dict, source: torch.Tensor, pla
     if move is None and len(before) == len(after):
         axes = range(len(before))
     else:
-        axes = (move or _moves)(args, kwargs, source, output)
+        axes = tuple((move or _moves)(args, kwargs, source, output))
+    return _carried(place, axes, before, after, name in SLICES)
+
+
+@functools.lru_cache(maxsize=4096)
+def _carried(place, axes, before, after, is_slice):
+    """ A place after each axis has gone to another one, or is gone. """
     moved = []
     for part in place:
-        part_axis = part.axis
-        axis = axes[part_axis]
+        axis = axes[part.axis]
         if axis is not None and axis < len(after):
-            if axis != part.axis:
-                part = Part(axis, part.size, part.step)
-            if before[part_axis] != after[axis]:
-                part = _resized(part, before[part_axis], after[axis], name in SLICES)
-            moved.append(part)
+            own = Part(axis, part.size, part.step)
+            if before[part.axis] != after[axis]:
+                own = _resized(own, before[part.axis], after[axis], is_slice)
+            moved.append(own)
     moved = tuple(part for part in moved if part is not None)
     return place if moved == place else moved
 
@@ -303,7 +308,7 @@ def _dims(args, kwargs, ndim, names=('dim', 'dims', 'axis')):
     if given is None and len(args) > 1:
         given = args[1:] if isinstance(args[1], int) else args[1]
     given = (given,) if isinstance(given, int) else given
-    if not isinstance(given, (list, tuple)) or not all(type(dim) is int for dim in given):
+    if not isinstance(given, (list, tuple)) or not _INTEGERS.issuperset(map(type, given)):
         return None
     return [dim % ndim for dim in given]
 
@@ -377,28 +382,40 @@ def _repeats(args, kwargs, source, output):
 @MOVES.of('__getitem__')
 def _indexes(args, kwargs, source, output):
     index = args[1] if isinstance(args[1], tuple) else (args[1],)
-    taken = sum(getattr(item, 'ndim', 1) if _is_mask(item) else 1 for item in index
-                if item is not None and item is not Ellipsis and not isinstance(item, bool))
-    axes, old, new, merged = [None] * source.ndim, 0, 0, None
-    for item in index:
-        if item is None:
+    kinds = [type(item) if type(item) in _PLAIN_INDICES else (_is_mask(item), getattr(item, 'ndim', 1))
+             for item in index]
+    return _indexed(tuple(kinds), source.ndim)
+
+
+# Of what is neither of these, a tensor or a list, it is told whether it is a mask, and how many dimensions it has.
+_PLAIN_INDICES = frozenset((int, slice, bool, type(None), type(...)))
+
+
+@functools.lru_cache(maxsize=4096)
+def _indexed(kinds, ndim):
+    """ Where axes go by an index of items of such kinds. """
+    taken = sum(1 if kind in (int, slice) else 0 if kind in _PLAIN_INDICES else kind[1] if kind[0] else 1
+                for kind in kinds)
+    axes, old, new, merged = [None] * ndim, 0, 0, None
+    for kind in kinds:
+        if kind in (type(None), bool):
             new += 1
-        elif item is Ellipsis:
-            for _ in range(source.ndim - taken):
+        elif kind is type(...):
+            for _ in range(ndim - taken):
                 axes[old], old, new = new, old + 1, new + 1
-        elif isinstance(item, slice):
+        elif kind is slice:
             axes[old], old, new = new, old + 1, new + 1
-        elif isinstance(item, int):
+        elif kind in (int, (False, 0)):  # one number, also as a tensor
             old += 1
         else:  # a tensor or a list; several take one place together
-            many = item.ndim if _is_mask(item) else 1
+            is_mask, dims = kind
             if merged is None:
                 merged = new
-                new += 1 if _is_mask(item) else getattr(item, 'ndim', 1)
-                if many == 1:
+                new += 1 if is_mask else dims
+                if not is_mask or dims == 1:
                     axes[old] = merged
-            old += many
-    for axis in range(old, source.ndim):
+            old += dims if is_mask else 1
+    for axis in range(old, ndim):
         axes[axis], new = new, new + 1
     return axes
 

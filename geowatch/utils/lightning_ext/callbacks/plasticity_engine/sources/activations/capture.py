@@ -14,8 +14,10 @@ takes in what came of them; until then the observer's numbers are provisional.
 """
 import contextlib
 import functools
+import sys
 import time
 import weakref
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -34,7 +36,7 @@ from .written import CASTS, COMPARISONS, GATES, WRITTEN, as_written
 _RETURNED = (torch.Tensor, tuple, list)
 _SET_ITEM = torch.Tensor.__setitem__
 # Of other functions, but for activations, only where tensors go is of interest.
-_KNOWN = {*COMPARISONS, *CASTS, *FUSED_FUNCTIONS, *WRITTEN, *GATES}
+_KNOWN = {*FUSED_FUNCTIONS, *WRITTEN, *GATES}
 _PLAIN = frozenset((torch.Tensor, nn.Parameter))
 
 
@@ -106,8 +108,8 @@ class Capture:
         self._at_work = False
         self._broken = False
         self._mode = _Mode(self)
-        self._opening = Opening(self._mode, Hooks(_weakly(self._entering), _weakly(self._leaving)),
-                                Conversions(_weakly(self._converted)))
+        self._opening = Opening(self._mode, Hooks(*(_weakly(self, method) for method in (
+            Capture._entering, Capture._leaving))), Conversions(_weakly(self, Capture._converted)))
         # Private names of torch: where one is missing, no capture opens, and nothing else is lost.
         self._graph_task = torch._C._current_graph_task_id
         self._functorch_level = torch._C._functorch.peek_interpreter_stack
@@ -131,7 +133,7 @@ class Capture:
         self.close()
 
     def __del__(self):
-        if hasattr(self, '_opening'):
+        if hasattr(self, '_opening') and not sys.is_finalizing():
             self.close()
 
     def close(self):
@@ -171,6 +173,8 @@ class Capture:
 
     def _leaving(self, module, args, *kwargs_and_output):
         for running in self._modules.leave(module):
+            if running.is_plain:
+                continue
             # After an exception torch gives neither kwargs nor output.
             returned = running.module is module and len(kwargs_and_output) == 2
             if self._suspended is running.module:
@@ -227,13 +231,15 @@ class Capture:
         if self._graph_task() == -1:
             self._guard(self._follow, func, args, kwargs, output)
 
+    # This runs for each call of a torch function: it has to be cheap.
     def _follow(self, func, args, kwargs, output):
-        found = [output] if isinstance(output, torch.Tensor) else tensors_in(output)
-        outputs = [x for x in found if x.is_floating_point()]
-        name, path, trails = name_of(func), self._modules.path, self._trails
-        is_known = name in _KNOWN
-        if is_known and (name in COMPARISONS or name in CASTS):
+        (name, is_mask, is_plain), path, trails = kind_of(func), self._modules.path, self._trails
+        if is_mask:
             trails.compare(name, args, output)
+        if isinstance(output, torch.Tensor):
+            outputs = [output] if output.is_floating_point() else []
+        else:
+            outputs = [x for x in tensors_in(output) if x.is_floating_point()]
         if not outputs:
             return
         is_activation = name in SATURATED_VALUES
@@ -241,7 +247,7 @@ class Capture:
             if is_activation:
                 self.unseen[path] = 'a transform of torch.func'
             return
-        if not is_known and not is_activation:
+        if is_plain and not is_activation:
             trails.follow(name, args, kwargs, outputs, path)
             return
         if name in FUSED_FUNCTIONS:
@@ -363,14 +369,14 @@ class _Mode(TorchFunctionMode):
         return output
 
 
-def _weakly(method):
-    """ A function that calls a method as long as its object is there. """
-    ref = weakref.WeakMethod(method)
+def _weakly(capture, method):
+    """ A function that calls a method of the class as long as the capture is there. """
+    ref = weakref.ref(capture)
 
     def call(*args):
         alive = ref()
         if alive is not None:
-            alive(*args)
+            method(alive, *args)
     return call
 
 
@@ -417,24 +423,39 @@ def _is_strange(tensor):
     return is_traceable_wrapper_subclass(tensor)
 
 
-@functools.lru_cache(maxsize=1024)
-def name_of(func):
+class Kind(NamedTuple):
     """
-    The name of a torch function, as we know it: without the underscores of in-place and private ones.
+    What is known of a torch function, beside whether it is an activation: those are registered at any time.
+
+    Attributes:
+        name (str): without the underscores of in-place and private ones
+        is_mask (bool): whether it compares, or makes numbers of what was compared
+        is_plain (bool): whether only where tensors go is of interest
+    """
+    name: str
+    is_mask: bool
+    is_plain: bool
+
+
+@functools.lru_cache(maxsize=1024)
+def kind_of(func):
+    """
+    What is known of a torch function.
 
     Args:
         func (Callable):
 
     Returns:
-        str:
+        Kind:
 
     Example:
-        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.capture import name_of
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.capture import kind_of
         >>> import torch
-        >>> name_of(torch.Tensor.relu_), name_of(torch.Tensor.T.__get__)
-        ('relu', 'T')
+        >>> kind_of(torch.Tensor.exp_), kind_of(torch.Tensor.T.__get__).name
+        (Kind(name='exp', is_mask=False, is_plain=False), 'T')
     """
     name = func.__name__
     if name == '__get__':  # a property, such as x.T
         name = getattr(func.__self__, '__name__', '')
-    return name if name.startswith('__') else name.strip('_')  # F.threshold is _threshold
+    name = name if name.startswith('__') else name.strip('_')  # F.threshold is _threshold
+    return Kind(name, name in COMPARISONS or name in CASTS, name not in _KNOWN)

@@ -71,12 +71,14 @@ class Running(NamedTuple):
         activation (str | None): its class, where that is registered as an activation
         may_be_fast (bool): whether it may take a fast path
         is_opaque (str | None): why its functions cannot be seen
+        is_plain (bool): whether nothing but its path is of interest
     """
     module: nn.Module
     path: str
     activation: str | None
     may_be_fast: bool
-    is_opaque: str | None = None
+    is_opaque: str | None
+    is_plain: bool
 
     @property
     def is_leaf(self):
@@ -167,9 +169,9 @@ class Modules:
             inside = [own for own in paths if not self.path or own.startswith(f'{self.path}.')]
             path = (inside or paths)[0]
         name = type(module).__name__
-        running = self._known[key] = Running(
-            module, path, name if name in SATURATED_VALUES else None, isinstance(module, _FAST_PATHS),
-            'torch.jit' if isinstance(module, torch.jit.ScriptModule) else None)
+        special = (name if name in SATURATED_VALUES else None, isinstance(module, _FAST_PATHS),
+                   'torch.jit' if isinstance(module, torch.jit.ScriptModule) else None)
+        running = self._known[key] = Running(module, path, *special, is_plain=not any(special))
         return running
 
     def leave(self, module):
@@ -179,16 +181,15 @@ class Modules:
         Args:
             module (nn.Module):
 
-        Yields:
-            Running: those that end; an exception may have left more than one
+        Returns:
+            List[Running]: those that end; an exception may have left more than one
         """
-        if not self._stack or self._stack[-1].module is not module and not any(
-                running.module is module for running in self._stack):
-            return
-        running = None
-        while running is None or running.module is not module:
-            running = self.pop()
-            yield running
+        stack = self._stack
+        if stack and stack[-1].module is module:  # by far the most
+            return [self.pop()]
+        if not any(running.module is module for running in stack):
+            return []
+        return [self.pop(), *self.leave(module)]
 
     def push(self, running):
         """ Note that a Running begins. """

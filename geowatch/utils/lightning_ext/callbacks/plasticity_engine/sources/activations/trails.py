@@ -21,6 +21,7 @@ from .sharded import Shards, is_summand, shards_of
 from .written import CASTS, COMPARISONS
 
 _NONE = frozenset()
+_NO_TENSORS = frozenset((int, float, bool, str, slice, type(None), type(...), torch.Size, torch.dtype))
 # What has the shape or type of another tensor, and none of its numbers; and losses, after which no layer comes.
 _WITHOUT_TRAIL = {
     'zeros_like', 'ones_like', 'empty_like', 'full_like', 'rand_like', 'randn_like', 'randint_like', 'new_zeros',
@@ -116,6 +117,7 @@ class Trails:
         self.confirmed = set()
         self._unseen = {} if unseen is None else unseen
         self._owners = Owners(named, is_trained)
+        self._are_flat = self._owners.are_flat
         self._known = {}      # id of a tensor to _Known
         self._masks = {}      # id of a comparison with zero to itself, the trail of what it compares, and which way
         self._order = itertools.count(1)
@@ -145,11 +147,8 @@ class Trails:
             known = self._known.get(id(x))
             if known is None:
                 owner = self._owners.known.get(id(x))
-                if owner is None:
-                    if isinstance(x, nn.Parameter) or self._owners.are_flat:
-                        owner = self._owners.of_unknown(x, path)
-                    if owner is None and x.grad_fn is not None:
-                        self._note_opaque(x, path)
+                if owner is None and (type(x) is not torch.Tensor or x.grad_fn is not None or self._are_flat):
+                    owner = self._of_unknown(x, path)
             else:
                 owner = known.owner
                 if known.trail is not None:
@@ -192,11 +191,16 @@ class Trails:
                 self.remember(x, self._trail(path, whole(x, [NORM_AXIS[name]]), is_trained=False))
         return True
 
-    def _note_opaque(self, x, path):
-        """ A function of autograd that does its work outside of torch's functions, as far as gradients tell. """
-        if isinstance(x.grad_fn, torch.autograd.function.BackwardCFunction):
+    def _of_unknown(self, x, path):
+        """ The owner (Owner | None) of what may be a parameter, or of an autograd.Function that hides its work. """
+        owner = None
+        if isinstance(x, nn.Parameter) or self._are_flat:
+            owner = self._owners.of_unknown(x, path)
+        # As far as gradients tell.
+        if owner is None and isinstance(x.grad_fn, torch.autograd.function.BackwardCFunction):
             name = type(x.grad_fn).__name__.removesuffix('Backward')
             self._unseen[path] = f'{name}, an autograd.Function that is not registered'
+        return owner
 
     def _pass_on(self, name, args, kwargs, inputs, outputs, source, trail, several):
         """ Anything but a layer. """
@@ -298,22 +302,23 @@ class Trails:
 
     def _consume(self, layer, inputs, is_trained):
         """ The trail of what a layer makes of some tensors; a trained one confirms what is pending on them. """
-        trails = [trail for trail in map(self.get, inputs) if trail is not None]
-        pending = _NONE
-        for trail in trails:
-            if trail.pending:
-                pending |= trail.pending
+        pending, after_trained, samples = _NONE, False, ()
+        for x in inputs:
+            trail = self.get(x)
+            if trail is not None:
+                pending = pending | trail.pending if trail.pending else pending
+                after_trained = after_trained or trail.is_trained
+                if trail.shards is not None:
+                    samples = max(samples, trail.shards.samples)
         if is_trained:
             self.confirmed |= pending
             pending = _NONE
-        samples = max((trail.shards.samples for trail in trails if trail.shards), default=())
-        return self._trail(layer, (), is_trained, pending, any(trail.is_trained for trail in trails))._replace(
-            shards=Shards(samples=samples) if samples else None)
+        return self._trail(layer, (), is_trained, pending, after_trained, Shards(samples=samples) if samples else None)
 
-    def _trail(self, layer, place, is_trained, pending=_NONE, after_trained=False):
+    def _trail(self, layer, place, is_trained, pending=_NONE, after_trained=False, shards=None):
         order = next(self._order)
         return Trail(Run(layer, order, is_trained), place, root=order, pending=pending,
-                     is_trained=is_trained or after_trained)
+                     is_trained=is_trained or after_trained, shards=shards)
 
     def activate(self, output, name, sites, parts=()):
         """
@@ -446,6 +451,8 @@ def tensors_in(items):
     """
     found = []
     for item in items:
+        if type(item) in _NO_TENSORS:
+            continue
         if isinstance(item, torch.Tensor):
             found.append(item)
         elif isinstance(item, (list, tuple)):
