@@ -183,6 +183,16 @@ def test_plan_in_the_long_run():
     assert 0.0185 < overhead <= 0.02
 
 
+def test_what_is_made_at_the_end_is_paid_for_before():
+    """ A measurement of 1 s, epochs of 40 s, 1 % of the time beyond half a second. """
+    for ahead, expected in ((0, 150.), (1, 250.)):
+        budget = Budget('1%', .5, ahead)
+        numbers = {'seconds': 41., 'spent': {'erank': 1.}, 'counts': {'erank': 1}}
+        _, waits = budget.plan(numbers, steps=40, asked={'erank': 40})
+        # The cost so far, the next one and those ahead fit into 0.5 s + 1 % of the time then.
+        assert waits['erank'] == pytest.approx(expected - 41, abs=1)
+
+
 def test_fair_parts_add_up():
     parts = fair_parts(0.02, {'a': 1., 'b': 0., 'c': 0.005, 'd': 0.001})
     assert sum(parts.values()) == pytest.approx(0.02)
@@ -243,7 +253,7 @@ class Stops(Callback):
 
 
 @pytest.mark.parametrize('source', ['train', 'validation'])
-def test_what_is_expensive_in_short_epochs_is_measured_less_often(tmp_path, monkeypatch, source):
+def test_what_is_expensive_in_short_epochs_is_measured_less_often(tmp_path, monkeypatch, capsys, source):
     """ By themselves, where nobody has set an interval: but in the first and in the last epoch. """
     monkeypatch.setattr(fit_module, '_THRIFT', ('0.1%', 0.))
     _, _, lines, _ = fit(tmp_path / 'a', PlasticityMonitor('paper', source=source), max_epochs=6)
@@ -251,6 +261,9 @@ def test_what_is_expensive_in_short_epochs_is_measured_less_often(tmp_path, monk
     assert epochs['erank'] == epochs['feature_erank'] == epochs['dead_units'] == [0, 5]
     assert epochs['grad_mag'] == epochs['weight_mag'] == [0, 1, 2, 3, 4, 5]
     assert not lines_of(lines, 'overhead')
+    said = [line for line in capsys.readouterr().out.splitlines() if 'less often than every epoch' in line]
+    assert sorted(name for line in said for name in line.split(': ')[1].split(', ')) == sorted(
+        set(line['metric'] for line in lines if len(epochs[line['metric']]) == 2))
     _, _, lines, _ = fit(tmp_path / 'b', PlasticityMonitor('paper', 'epoch', source=source), max_epochs=3)
     assert [line['epoch'] for line in lines_of(lines, 'erank')] == [0, 1, 2]
 

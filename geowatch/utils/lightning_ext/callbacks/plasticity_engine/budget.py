@@ -23,6 +23,7 @@ class Budget:
     Args:
         budget (str | float): share of the training time, such as '2%' or 0.02
         free (float): seconds beside it that the metrics may cost together
+        ahead (int): measurements that are made at the end in any case, and are paid for before
 
     Attributes:
         share (float): between 0 and 1
@@ -42,9 +43,10 @@ class Budget:
         (0.0195, {'erank': 8})
     """
 
-    def __init__(self, budget, free=0.):
+    def __init__(self, budget, free=0., ahead=0):
         self.share = _share(budget)
         self._free = free
+        self._ahead = ahead
         self._started = time.perf_counter()
         self._spent = {}
         self._counts = {}
@@ -110,7 +112,8 @@ class Budget:
         parts = fair_parts(self.share, {name: cost / (asked[name] * pace) for name, cost in costs.items()})
         free = self._free / max(len(costs), 1)
         # A part may be too small to divide by: then it is never.
-        waits = {name: ((spent.get(name, 0.) + cost - free) / max(parts[name], 1e-200) - seconds) / pace
+        waits = {name: ((spent.get(name, 0.) + (1 + self._ahead) * cost - free) / max(parts[name], 1e-200)
+                        - seconds) / pace
                  for name, cost in costs.items()}
         return total / seconds, {name: math.ceil(min(max(wait, 0), 1e15)) for name, wait in waits.items()}
 

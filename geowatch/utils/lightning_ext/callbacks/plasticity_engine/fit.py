@@ -52,8 +52,9 @@ from .sources.weights import Trained, parameters_of, walk, wanted, weights_of
 from .steps import Steps
 from .verdict import Curves, words_on
 
-# What is expensive may cost 1 % of the time beyond its first 5 seconds, where nobody has set a budget or its interval.
-_THRIFT = '1%', 5.
+# What is expensive may cost 1 % of the time beyond half a second, the measurement at the end included, where nobody has
+# set a budget or its interval.
+_THRIFT = '1%', .5, 1
 
 
 class Fit:

@@ -6,7 +6,7 @@ import time
 
 from ..plasticity_metrics import BUILT_IN
 from ..plasticity_metrics._vocabulary import LEFT_OUT, OF_NOTES
-from .lightning import steps_of
+from .lightning import is_last_epoch, steps_of
 from .measurement import (
     SPECTRA,
     Reading,
@@ -49,6 +49,7 @@ class Publisher:
         self._rota = Rota(fit.budget.share, fit.trainer.strategy.root_device)
         self._sites = {}     # to their names, of hidden layers that were seen last
         self._in_turns = set()  # metrics of which it is said that layers take turns
+        self._waiting = set()   # metrics of which it is said that they wait
 
     def publish(self, readings: list[Reading], asks: bool = False):
         """
@@ -71,10 +72,11 @@ class Publisher:
             for own in filter(None, lines):
                 fit.drop_repeated_lines(own)
                 fit.sinks.write(own)
+        for own in lines:
+            fit.budget.count([line['metric'] for line in own])
         measured = {line['metric'] for own in lines for line in own if line['step'] >= 0}
         self.measured |= measured
         if measured:
-            fit.budget.count(measured)
             self._keep_to_the_budget()
 
     # --- over all processes ---------------------------------------------------
@@ -309,7 +311,8 @@ class Publisher:
         numbers = fit.budget.numbers() if fit.processes.count == 1 else self._shared
         # A run that goes on may begin with a validation, before any step of its own.
         steps = 1 if fit.first_step is None else max(step - fit.first_step, 0) + 1
-        schedules = {name: schedule for name, schedule in fit.agenda.schedules.items() if name in fit.limited}
+        schedules = {name: schedule for name, schedule in fit.agenda.schedules.items()
+                     if name in fit.limited and name in self.measured}
         asked = {name: steps_of(schedule, fit.trainer, steps, numbers['seconds'])
                  for name, schedule in schedules.items()}
         overhead, waits = fit.budget.plan(numbers, steps, asked)
@@ -323,6 +326,14 @@ class Publisher:
             schedule.wait(step + wait)
             intervals[name] = wait if wait > asked[name] else schedule.steps or schedule.interval
         if fit.settings.budget is None:
+            self._say_what_waits([name for name in schedules if waits.get(name, 0) > asked[name]])
             return
         fit.sinks.write([{'metric': 'overhead', 'step': step, 'epoch': fit.trainer.current_epoch, 'time': time.time(),
                           'samples': None, 'value': overhead, 'layers': {}, 'intervals': intervals}], dashboard=False)
+
+    def _say_what_waits(self, names):
+        new = [name for name in names if name not in self._waiting]
+        self._waiting.update(new)
+        if new and self._fit.processes.rank == 0 and not is_last_epoch(self._fit.trainer):
+            say(f'PlasticityMonitor: {", ".join(new)}: less often than every epoch, since that would take more than '
+                "1 % of the time; an interval that you set, such as 'epoch', is kept")
