@@ -16,8 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from zoo import Kernels, Seen
 
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations import functions
-from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.capture import Capture, kind_of
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.capture import Capture
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.functions import register_activation
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.kinds import kind_of
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.modules import fused_modules
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.sites import site_names
 

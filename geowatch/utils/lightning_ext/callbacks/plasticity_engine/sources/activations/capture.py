@@ -12,32 +12,29 @@ is one.
 Which of them are hidden layers shows only later, when a further trained layer
 takes in what came of them; until then the observer's numbers are provisional.
 """
-import contextlib
-import functools
 import sys
 import time
 import weakref
-from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from ...sharding import is_sharded
-from .axes import Part, default_axis, each_apart, follow_units, units_in, units_last
+from .axes import Part, default_axis, each_apart, units_in, units_last
 from .functions import OUTPUTS, SATURATED_VALUES, level, saturated_values
+from .kinds import kind_of
 from .modules import FUSED_FUNCTIONS, Hooks, Modules
+from .moves import follow_units
+from .nested import tensors_in
 from .opening import Opening
+from .readable import PLAIN, can_be_read, is_strange, local_of, unseen_by_others
 from .sharded import Conversions, Shards, shards_of
 from .sites import Site
-from .trails import Trails, tensors_in
-from .written import CASTS, COMPARISONS, GATES, WRITTEN, as_written
+from .trails import Trails
+from .written import GATES, WRITTEN, as_written
 
 _RETURNED = (torch.Tensor, tuple, list)
 _SET_ITEM = torch.Tensor.__setitem__
-# Of other functions, but for activations, only where tensors go is of interest.
-_KNOWN = {*FUSED_FUNCTIONS, *WRITTEN, *GATES}
-_PLAIN = frozenset((torch.Tensor, nn.Parameter))
 
 
 class Capture:
@@ -277,9 +274,9 @@ class Capture:
 
     def _report(self, name, output, values, above, parts=(), is_hinge=False):
         trail, path = self._trails.get(output), self._modules.path
-        local = _local(output)
-        if not _can_be_read(local):
-            if _is_strange(local):
+        local = local_of(output)
+        if not can_be_read(local):
+            if is_strange(local):
                 self.unseen[path] = f'{name} of a {type(local).__name__}, which has no numbers of its own'
             return
         if trail is None:
@@ -298,8 +295,9 @@ class Capture:
         if local is not output:
             shards = shards_of(output, place, matrices)
             place = follow_units('to_local', (), {}, output, place, local)
-        with _unseen(), torch.no_grad():
-            pieces = [(layer, local.detach().as_subclass(torch.Tensor), place)]
+        with unseen_by_others(), torch.no_grad():
+            plain = local.detach()
+            pieces = [(layer, plain if type(plain) is torch.Tensor else plain.as_subclass(torch.Tensor), place)]
             if matrices:  # each expert of a mixture is a layer of its own
                 pieces = [(f'{layer}.{i}', one, (Part(one.ndim - 1, one.shape[-1]),))
                           for i, one in enumerate(each_apart(pieces[0][1], place, matrices, trail.labels))]
@@ -361,7 +359,7 @@ class _Mode(TorchFunctionMode):
         else:
             return output
         if (capture := self._capture()) is not None:
-            if _PLAIN.issuperset(types):
+            if PLAIN.issuperset(types):
                 capture.called(func, args, kwargs or {}, returned)
             else:  # of a subclass of tensors, what we ask would be calls of its own
                 with torch._C.DisableTorchFunctionSubclass():
@@ -378,84 +376,3 @@ def _weakly(capture, method):
         if alive is not None:
             method(alive, *args)
     return call
-
-
-def _unseen():
-    """ What we call is none of the user's: selective checkpointing would replay its results as the model's. """
-    if not torch._C._len_torch_dispatch_stack() and not torch.is_inference_mode_enabled():
-        return contextlib.nullcontext()
-    contexts = contextlib.ExitStack()
-    if torch._C._len_torch_dispatch_stack():
-        from torch.utils._python_dispatch import _disable_current_modes
-        contexts.enter_context(_disable_current_modes())
-    if torch.is_inference_mode_enabled():
-        # What adds up in one look has to take calls from inside and from outside of it.
-        contexts.enter_context(torch.inference_mode(False))
-    return contexts
-
-
-def _local(tensor):
-    """ What this process has of a DTensor. """
-    if type(tensor) in _PLAIN or not is_sharded(tensor):
-        return tensor
-    with torch.no_grad():
-        return tensor.to_local()
-
-
-def _can_be_read(tensor):
-    return (tensor.ndim > 0 and tensor.layout is torch.strided and tensor.is_floating_point()
-            and not tensor.is_meta and not tensor.is_nested and not _is_fake(tensor) and not _is_strange(tensor))
-
-
-def _is_fake(tensor):
-    """ As while somebody only asks for shapes. """
-    if type(tensor) in _PLAIN:
-        return False
-    from torch._subclasses.fake_tensor import FakeTensor
-    return isinstance(tensor, FakeTensor)
-
-
-def _is_strange(tensor):
-    """ Whether it holds other tensors. """
-    if type(tensor) in _PLAIN:
-        return False
-    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-    return is_traceable_wrapper_subclass(tensor)
-
-
-class Kind(NamedTuple):
-    """
-    What is known of a torch function, beside whether it is an activation: those are registered at any time.
-
-    Attributes:
-        name (str): without the underscores of in-place and private ones
-        is_mask (bool): whether it compares, or makes numbers of what was compared
-        is_plain (bool): whether only where tensors go is of interest
-    """
-    name: str
-    is_mask: bool
-    is_plain: bool
-
-
-@functools.lru_cache(maxsize=1024)
-def kind_of(func):
-    """
-    What is known of a torch function.
-
-    Args:
-        func (Callable):
-
-    Returns:
-        Kind:
-
-    Example:
-        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.capture import kind_of
-        >>> import torch
-        >>> kind_of(torch.Tensor.exp_), kind_of(torch.Tensor.T.__get__).name
-        (Kind(name='exp', is_mask=False, is_plain=False), 'T')
-    """
-    name = func.__name__
-    if name == '__get__':  # a property, such as x.T
-        name = getattr(func.__self__, '__name__', '')
-    name = name if name.startswith('__') else name.strip('_')  # F.threshold is _threshold
-    return Kind(name, name in COMPARISONS or name in CASTS, name not in _KNOWN)

@@ -13,15 +13,16 @@ import torch
 from torch import nn
 
 from ..flat import calls_torch
-from .axes import MOVES, SLICES, Place, follow_units, units_in, whole
+from .axes import SLICES, Place, units_in, whole
 from .layers import LAYERS, NORM_AXIS, layer_places
+from .moves import MOVES, follow_units
+from .nested import tensors_in
 from .owners import LOOKUPS, MASKS, Owners, slice_name
 from .products import OPERANDS, PRODUCTS, follow_product
 from .sharded import Shards, is_summand, shards_of
 from .written import CASTS, COMPARISONS
 
 _NONE = frozenset()
-_NO_TENSORS = frozenset((int, float, bool, str, slice, type(None), type(...), torch.Size, torch.dtype))
 # What has the shape or type of another tensor, and none of its numbers; and losses, after which no layer comes.
 _WITHOUT_TRAIL = {
     'zeros_like', 'ones_like', 'empty_like', 'full_like', 'rand_like', 'randn_like', 'randint_like', 'new_zeros',
@@ -332,11 +333,12 @@ class Trails:
         """
         trail = self.get(output)
         if trail is not None:
-            pending = trail.pending.difference(parts)
-            if trail.is_trained:
+            run, place, matrices, labels, extent, root, acts, pending, is_trained, shards = trail
+            pending = pending.difference(parts) if parts else pending
+            if is_trained:
                 pending = pending.union(sites)
-            acts = ((name, sites),) if parts else (*trail.acts, (name, sites))
-            self.remember(output, trail._replace(acts=acts, pending=pending))
+            acts = ((name, sites),) if parts else (*acts, (name, sites))
+            self.remember(output, Trail(run, place, matrices, labels, extent, root, acts, pending, is_trained, shards))
 
     def _own_gradients(self, args, kwargs, outputs):
         of = args[1] if len(args) > 1 else kwargs.get('inputs', args[0])
@@ -431,33 +433,3 @@ def _labels_of_groups(output, inputs):
     ends = next((x for x in inputs if not x.is_floating_point()), None)
     rows = torch.arange(len(output), device=output.device)
     return torch.zeros_like(rows) if ends is None else torch.searchsorted(ends.to(rows.dtype), rows, right=True)
-
-
-def tensors_in(items):
-    """
-    All tensors in any nesting of lists, tuples and dicts.
-
-    Args:
-        items (Iterable):
-
-    Returns:
-        List[Tensor]:
-
-    Example:
-        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.trails import tensors_in
-        >>> import torch
-        >>> len(tensors_in([torch.ones(1), {'a': (torch.ones(2), 3)}]))
-        2
-    """
-    found = []
-    for item in items:
-        if type(item) in _NO_TENSORS:
-            continue
-        if isinstance(item, torch.Tensor):
-            found.append(item)
-        elif isinstance(item, (list, tuple)):
-            if item and type(item[0]) is not int:  # most are strides and sizes
-                found += tensors_in(item)
-        elif isinstance(item, dict):
-            found += tensors_in(item.values())
-    return found
