@@ -16,7 +16,9 @@ from torch.nn import functional as F
 from zoo import Seen
 
 from geowatch.utils.lightning_ext.callbacks.plasticity import PlasticityMonitor
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.axes import Part
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.capture import Capture
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.moves import follow_units
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.sites import Site
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.window import Window
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.statistics.calls import Call
@@ -33,6 +35,24 @@ def watch(model, batches, grad=False):
             with Capture(model, seen):
                 model(batch)
     return seen
+
+
+# --- where units go -----------------------------------------------------------------
+
+@pytest.mark.parametrize('index', [
+    0, -1, slice(1, None), (slice(None), 1), (..., 0), (None, slice(None), None), (slice(None), slice(0, 2), ..., None),
+    (0, ..., slice(None, None, 2)), True, (True, slice(None), 2), torch.tensor(1), (slice(None), torch.tensor(1)),
+    torch.tensor([2, 0, 1]), (slice(None), torch.tensor([0, 2])), (slice(None), [0, 2], 1), (Ellipsis, [0, 3, 1]),
+    torch.tensor([True, False, True]), (slice(None), torch.tensor([True, True, False, True]))], ids=str)
+def test_where_an_index_takes_units(index):
+    shape = (3, 4, 5, 6)
+    for axis, size in enumerate(shape):
+        # Each number says of which unit it is.
+        units = torch.arange(size).reshape([size if i == axis else 1 for i in range(4)]).expand(shape)
+        output = units[index]
+        changing = [i for i in range(output.ndim) if output.shape[i] > 1 and (output != output.narrow(i, 0, 1)).any()]
+        place = follow_units('__getitem__', (units, index), {}, units, (Part(axis, size),), output)
+        assert [part.axis for part in place] == changing, axis
 
 
 # --- the look at one output ------------------------------------------------------
