@@ -263,10 +263,11 @@ def evaluate(metric: Metric, numbers: Numbers, before: Numbers | None = None, re
     names = [name for name in tables[0] if all(name in table for table in known)
              and not any(table.get(name) for table in skipped)]
     layers, finite = dict(_waiting(metric, numbers, names, earlier or {})), []
+    shares = _nonfinite_shares(metric, numbers)
     with np.errstate(all='ignore'):
         for name in names:
             columns = _checked(metric, metric.formula(*(table[name] for table in tables)))
-            share = max(_nonfinite_share(numbers, source, name) for source in metric.sources)
+            share = shares.get(name)
             if share:
                 columns['value'] = math.nan
             if metric.network == 'units':
@@ -303,10 +304,16 @@ def _is_finite(x):
     return math.isfinite(x) if isinstance(x, float) else np.isfinite(x).all()
 
 
-def _nonfinite_share(numbers, source, name):
-    tables = [numbers.get((source, field), {}) for field in _OF_SHARE.get(source, ('nonfinite', 'count'))]
-    bad, *sizes = (table.get(name, 0.) for table in tables)
-    return bad / math.prod(sizes) if bad else 0.
+def _nonfinite_shares(metric, numbers):
+    """ Of those layers that have numbers which are not finite. """
+    shares = {}
+    for source in metric.sources:
+        bad, *sizes = (numbers.get((source, field), {}) for field in _OF_SHARE.get(source, ('nonfinite', 'count')))
+        for name, count in bad.items():
+            if count:
+                share = count / math.prod(table.get(name, 0.) for table in sizes)
+                shares[name] = max(share, shares.get(name, 0.))
+    return shares
 
 
 def _checked(metric, returned):
@@ -316,7 +323,7 @@ def _checked(metric, returned):
         raise ValueError(f"Expected the formula of {metric.name!r} to return 'value' among its columns, "
                          f'but got {returned!r}')
     for key, x in columns.items():
-        if np.ndim(x) or not isinstance(x, (int, float, np.number, np.bool_)):
+        if not isinstance(x, (int, float, np.number, np.bool_)):
             raise ValueError(f'Expected the formula of {metric.name!r} to return a number for {key!r}, but got {x!r}')
         columns[key] = float(x)
     return columns
