@@ -14,12 +14,16 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from common import NOISE, Recorder, fit, lines_of, measure_tensors
+from pytorch_lightning.loggers import TensorBoardLogger
 from torch.nn.modules import module as torch_module
 from torch.overrides import _get_current_function_mode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, IterableDataset
 
 from geowatch.utils.lightning_ext.callbacks.plasticity import PlasticityMonitor
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine import dashboard as _dashboard
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine import events as _events
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine import lines as _lines
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.statistics import spectrum as _spectrum
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.statistics import sums as _sums
 from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import METRICS
@@ -133,6 +137,41 @@ def test_one_read_on_a_logged_step(tmp_path, monkeypatch, layers):
     with reads:
         bool(torch.ones(1).item() + float(torch.ones(1)))
     assert sum(reads.counts.values()) >= 2
+
+
+# --- what is written -----------------------------------------------------------
+
+def test_a_measurement_is_one_write_and_one_flush(tmp_path, monkeypatch):
+    writer = pytest.importorskip('torch.utils.tensorboard', reason='tensorboard is not installed').SummaryWriter
+    done = []
+
+    def note(owner, name):
+        original = getattr(owner, name)
+
+        def noted(self, *args):
+            done.append(f'{owner.__name__}.{name}')
+            return original(self, *args)
+        monkeypatch.setattr(owner, name, noted)
+    for owner, name in ((_lines.JsonLines, '_append'), (_dashboard.Dashboard, 'log'), (_events.Events, 'log'),
+                        (writer, 'flush')):
+        note(owner, name)
+    per_step = []
+
+    class Monitor(PlasticityMonitor):
+        def on_train_batch_end(self, *args):
+            done.clear()
+            super().on_train_batch_end(*args)
+            per_step.append(tuple(done))
+
+    # Of both weights and features, read from different places.
+    monitor = Monitor('weight_mag,grad_mag,dead_units', interval=2, source='train', samples=4)
+    _, _, lines, _ = train(tmp_path, monitor, DeepModule(3), count=12, logger=TensorBoardLogger(tmp_path))
+    assert [line['step'] for line in lines_of(lines, 'dead_units')] == [1, 3, 5, 7, 9, 11]
+    assert len(lines) == 4 * 6
+    written, scalars = ('JsonLines._append',), ('Events.log', 'SummaryWriter.flush')
+    plain, full = written + scalars, (*written, 'Dashboard.log', *scalars)
+    # First the untrained network's features; histograms and text come at most every ten steps of an epoch.
+    assert per_step[1::2] == [full, plain, plain, plain, plain, full] and per_step[::2] == [full, *[()] * 5]
 
 
 # --- a step that is not logged ---------------------------------------------------

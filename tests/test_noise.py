@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 
 from geowatch.utils.lightning_ext.callbacks.plasticity import PlasticityMonitor
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.lightning import resolve
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine.memory import Memory
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.chunks import Chunks
 from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import METRICS
 
@@ -85,6 +86,15 @@ def test_of_the_last_25_to_50_measurements(tmp_path):
         expected.append(8 * (2 * s - n) / (n - s))
     assert got == pytest.approx(expected, rel=1e-5)
     assert got[49] > got[50] == pytest.approx(8 * 1 / 2)
+
+
+def test_sums_are_in_the_order_of_the_network():
+    memory, metric = Memory(), METRICS['noise_fraction']
+    layers = [f'blocks.{i}.fc' for i in (*range(9, 20), *range(9))]
+    for own in (layers, layers[::-1]):
+        memory.add(metric, {(need.source, need.field): dict.fromkeys(own, 1.) for need in metric.needs})
+    # In that of a set, sums of floats would differ from run to run.
+    assert [list(own) for own in memory.recent(metric).values()] == [layers] * len(metric.needs)
 
 
 def test_sums_go_into_checkpoints(tmp_path):

@@ -14,6 +14,8 @@ WORST = f'{LAYERS}/worst'
 HOW_TO_READ = 'plasticity/how_to_read'
 MOST_NAMED = 3
 MOST_BINS = 30
+# Steps between two histograms of one epoch.
+AT_LEAST = 10
 # Layers of which a histogram would show nothing but bars of one: the band says more.
 FEW = 8
 # What others log, on the same page: tags are matched from their start.
@@ -37,9 +39,10 @@ class Dashboard:
     ``plasticity/how_to_read``         text: what each tag is, and what is worth a look
     =================================  ==================================================
 
-    After the first twenty measurements of a metric, histogram and text are
-    written when the run has become five percent longer: TensorBoard shows no
-    more of them, and a step that is logged costs its scalars only.
+    Histogram and text of a metric are written again when an epoch is over or
+    ten steps have passed, and the run has become five percent longer:
+    TensorBoard shows no more of them, and most steps that are logged cost
+    their scalars only.
 
     Args:
         logger (TensorBoardLogger): of either package
@@ -67,7 +70,7 @@ class Dashboard:
         self._prefix = prefix_of(logger)
         self._has_layout = False
         self._starts = {}   # metric to the first finite value of each of its layers
-        self._written = {}  # metric to how often, and at which step last
+        self._written = {}  # metric to step and epoch at which last
         self._lines = {}    # metric to its line in the text, as it was last measured
 
     def due(self, scalars, step, rows):
@@ -82,7 +85,7 @@ class Dashboard:
         Returns:
             Tuple[dict, int, List[dict]] | None: what :meth:`log` takes; None for nothing
         """
-        rows = [row for row in rows if row['layers'] and self._is_due(row['metric'], step)]
+        rows = [row for row in rows if row['layers'] and self._is_due(row, step)]
         return ({}, step, rows) if rows else None
 
     def log(self, scalars, step, rows):
@@ -112,11 +115,11 @@ class Dashboard:
         order = dict.fromkeys([*self._tags, *self._lines])
         writer.add_text(WORST, text_of([self._lines[tag] for tag in order if tag in self._lines]), step)
 
-    def _is_due(self, metric, step):
-        count, last = self._written.get(metric, (0, None))
-        due = count < 20 or step >= 1.05 * last
+    def _is_due(self, row, step):
+        last, epoch = self._written.get(row['metric'], (-1, None))
+        due = last < 0 or step >= 1.05 * last and (step >= last + AT_LEAST or row['epoch'] != epoch)
         if due:
-            self._written[metric] = count + 1, step
+            self._written[row['metric']] = step, row['epoch']
         return due
 
 

@@ -114,8 +114,9 @@ def needing(metrics: dict[str, Metric], source: str, fields: Collection[str]) ->
         >>> needing(METRICS, 'weights', ['gram'])
         ['erank', 'spectral_norm', 'stable_rank']
     """
+    keys = {(source, field) for field in fields}
     return [name for name, metric in metrics.items() if source in metric.sources
-            and any((source, field) in additive_keys([metric]) for field in fields)]
+            and not keys.isdisjoint(additive_keys([metric]))]
 
 
 def derive(totals: Totals, keys: list[Key], guard: Callable) -> Totals:
@@ -259,14 +260,15 @@ def evaluate(metric: Metric, numbers: Numbers, before: Numbers | None = None, re
     tables = [of[need.when].get((need.source, need.field), {}) for need in metric.needs]
     # A layer of recent measurements has to be in this one too.
     known = tables + [numbers.get((need.source, need.field), {}) for need in metric.needs if need.when == 'recent']
-    skipped = [numbers.get((source, LEFT_OUT.get(source)), {}) for source in metric.sources]
-    names = [name for name in tables[0] if all(name in table for table in known)
-             and not any(table.get(name) for table in skipped)]
+    skipped = {name for source in metric.sources
+               for name, is_skipped in numbers.get((source, LEFT_OUT.get(source)), {}).items() if is_skipped}
+    names = [name for name in tables[0] if name not in skipped and all(name in table for table in known)]
     layers, finite = dict(_waiting(metric, numbers, names, earlier or {})), []
+    shares = _nonfinite_shares(metric, numbers, names)
     with np.errstate(all='ignore'):
         for name in names:
-            columns = _checked(metric, metric.formula(*(table[name] for table in tables)))
-            share = max(_nonfinite_share(numbers, source, name) for source in metric.sources)
+            own = [table[name] for table in tables]
+            columns, share = _checked(metric, metric.formula(*own)), shares.get(name)
             if share:
                 columns['value'] = math.nan
             if metric.network == 'units':
@@ -275,7 +277,7 @@ def evaluate(metric: Metric, numbers: Numbers, before: Numbers | None = None, re
                     columns['no_sample'] = True  # as of an expert that no token has reached
             if share:
                 columns['nonfinite'] = share
-            elif all(_is_finite(table[name]) for table in tables):
+            elif all(map(_is_finite, own)):
                 finite.append(name)
             layers[name] = columns
         if metric.network == 'sum':
@@ -303,10 +305,15 @@ def _is_finite(x):
     return math.isfinite(x) if isinstance(x, float) else np.isfinite(x).all()
 
 
-def _nonfinite_share(numbers, source, name):
-    tables = [numbers.get((source, field), {}) for field in _OF_SHARE.get(source, ('nonfinite', 'count'))]
-    bad, *sizes = (table.get(name, 0.) for table in tables)
-    return bad / math.prod(sizes) if bad else 0.
+def _nonfinite_shares(metric, numbers, names):
+    """ The share of numbers that are not finite, of those layers that have some. """
+    shares = {}
+    for source in metric.sources:
+        bad, *sizes = (numbers.get((source, field), {}) for field in _OF_SHARE.get(source, ('nonfinite', 'count')))
+        for name in filter(bad.get, names):
+            share = bad[name] / math.prod(table.get(name, 0.) for table in sizes)
+            shares[name] = max(share, shares.get(name, 0.))
+    return shares
 
 
 def _checked(metric, returned):
@@ -316,7 +323,7 @@ def _checked(metric, returned):
         raise ValueError(f"Expected the formula of {metric.name!r} to return 'value' among its columns, "
                          f'but got {returned!r}')
     for key, x in columns.items():
-        if np.ndim(x) or not isinstance(x, (int, float, np.number, np.bool_)):
+        if not isinstance(x, (int, float, np.number, np.bool_)):
             raise ValueError(f'Expected the formula of {metric.name!r} to return a number for {key!r}, but got {x!r}')
         columns[key] = float(x)
     return columns

@@ -77,9 +77,9 @@ class Memory:
             blocks[:] = [blocks[1], {}]
             count = 0
         self._counts[metric.name] = count + 1
-        names = set.intersection(*(set(table) for table in tables.values()))
-        for name in names:
-            if all(np.isfinite(table[name]).all() for table in tables.values()):
+        # In the order of the network, so that sums over layers are the same in each run.
+        for name in next(iter(tables.values())):
+            if all(name in table and np.isfinite(table[name]).all() for table in tables.values()):
                 for key, table in tables.items():
                     own = blocks[1].setdefault(key, {})
                     own[name] = own.get(name, 0.) + table[name]

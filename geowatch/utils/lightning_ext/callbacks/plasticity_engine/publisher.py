@@ -47,7 +47,7 @@ class Publisher:
         self._known_words = set(BUILT_IN)
         self._shared = None  # numbers of the budget that all processes know
         self._rota = Rota(fit.budget.share, fit.trainer.strategy.root_device)
-        self._sites = {}     # to their names, of hidden layers that were seen last
+        self._sites = []     # hidden layers that were seen last
         self._in_turns = set()  # metrics of which it is said that layers take turns
         self._waiting = set()   # metrics of which it is said that they wait
 
@@ -68,13 +68,14 @@ class Publisher:
             readings = self._combine(readings)
             tables = self._numbers(readings)
             self._rota.end()
-            lines = [self._lines(reading, numbers) for reading, numbers in zip(readings, tables, strict=True)]
-            for own in filter(None, lines):
+            lines = [line for reading, numbers in zip(readings, tables, strict=True)
+                     for line in self._lines(reading, numbers)]
+            for step in dict.fromkeys(line['step'] for line in lines):
+                own = [line for line in lines if line['step'] == step]
                 fit.drop_repeated_lines(own)
                 fit.sinks.write(own)
-        for own in lines:
-            fit.budget.count([line['metric'] for line in own])
-        measured = {line['metric'] for own in lines for line in own if line['step'] >= 0}
+        fit.budget.count([line['metric'] for line in lines])
+        measured = {line['metric'] for line in lines if line['step'] >= 0}
         self.measured |= measured
         if measured:
             self._keep_to_the_budget()
@@ -160,7 +161,7 @@ class Publisher:
         if reading.window is not None:
             self._fit.looks.close(reading.window)
             self._fit.say_unseen()
-            self._sites = site_names(reading.parts.get(('activations', 'samples'), {}))
+            self._sites = list(reading.parts.get(('activations', 'samples'), {}))
             self._rota.also(sum(spectral_work(own.shape[0], rows=0)
                                 for own in reading.parts.get(('activations', 'gram'), {}).values()))
             return
@@ -205,11 +206,11 @@ class Publisher:
                 what it has said
         """
         metrics = [self._fit.metrics[name] for name in names if takes_turns(self._fit.metrics[name])]
-        rows = max(self._fit.settings.samples, 1)
+        rows, names = max(self._fit.settings.samples, 1), site_names(self._sites if metrics else [])
         choice = self._rota.choice(
-            {site: spectral_work(size, max(rows, 8 * size)) for site in self._sites
-             for size in [min(site.units, MAX_UNITS)]} if metrics else {},
-            lambda site: self.memory.last_step(metrics, self._sites[site]))
+            {site: spectral_work(size, max(rows, 8 * size)) for site in names
+             for size in [min(site.units, MAX_UNITS)]},
+            lambda site: self.memory.last_step(metrics, names[site]))
         return lambda site, units, rows: choice.takes(site, spectral_work(units, rows))
 
     def _take_turns(self, readings, kept, layouts, message):
@@ -237,14 +238,13 @@ class Publisher:
         """ For each reading the statistics as the formulas take them, on the host. """
         fit, tables = self._fit, []
         for reading in readings:
-            metrics = {name: fit.metrics[name] for name in reading.metrics}
+            keys = {name: needed_keys([fit.metrics[name]]) for name in reading.metrics}
 
-            def guard(source, field, metrics=metrics):
-                return fit.faults.guard([name for name, metric in metrics.items()
-                                         if (source, field) in needed_keys([metric])])
+            def guard(source, field, keys=keys):
+                return fit.faults.guard([name for name, own in keys.items() if (source, field) in own])
             totals = {key: {**reading.whole.get(key, {}), **reading.parts.get(key, {})}
                       for key in [*reading.whole, *reading.parts]}
-            tables.append(derive(totals, needed_keys(metrics.values()), guard))
+            tables.append(derive(totals, list(dict.fromkeys(itertools.chain(*keys.values()))), guard))
         with fit.faults.guard([name for reading in readings for name in reading.metrics]):
             return to_host(tables)
         return [{} for _ in readings]

@@ -62,8 +62,9 @@ class Patient:
 
     Args:
         write (Callable): called with (scalars, step, rows)
-        settle (Callable[[], None]): puts on disk what was written
         room (Room):
+        settle (Callable[[], None]): puts on disk what was written; nothing where another writer of the same
+            logger comes next and does
         most (int): measurements that are kept, the last ones
         choose (Callable): called with the same as the writer; returns what it writes of it, or None for nothing
 
@@ -71,7 +72,7 @@ class Patient:
         >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.room import Patient
         >>> import types
         >>> room, seen = types.SimpleNamespace(is_there=False), []
-        >>> writer = Patient(lambda scalars, step, rows: seen.append(step), lambda: None, room)
+        >>> writer = Patient(lambda scalars, step, rows: seen.append(step), room)
         >>> writer({}, 3, [])
         >>> room.is_there = True
         >>> writer({}, 4, [])
@@ -79,7 +80,7 @@ class Patient:
         ([3, 4], 0)
     """
 
-    def __init__(self, write, settle, room, most=1000, choose=lambda *measured: measured):
+    def __init__(self, write, room, settle=lambda: None, most=1000, choose=lambda *measured: measured):
         self.waiting = collections.deque(maxlen=most)
         self._write = write
         self._choose = choose

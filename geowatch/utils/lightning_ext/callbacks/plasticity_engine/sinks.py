@@ -64,11 +64,11 @@ class Loggers:
         for logger in loggers:
             name = type(logger).__name__
             if is_tensorboard(logger):
-                room, settle = Room(logger.save_dir, is_full), partial(_flush, logger)
-                dashboard = Dashboard(logger, tags)
-                events = Patient(Events(logger).log, settle, room, choose=_with_band)
-                beyond = Patient(dashboard.log, settle, room, most=1, choose=dashboard.due)
-                self._writers += [(name, events), (f'The dashboard of {name}', beyond)]
+                room, dashboard = Room(logger.save_dir, is_full), Dashboard(logger, tags)
+                # The scalars come last: they are there at each measurement, so that they put all on disk.
+                self._writers += [
+                    (f'The dashboard of {name}', Patient(dashboard.log, room, most=1, choose=dashboard.due)),
+                    (name, Patient(Events(logger).log, room, partial(_flush, logger), choose=_with_band))]
             else:
                 self._writers.append((name, partial(_log_scalars, logger)))
         self._writers += [*tables, *more]
