@@ -170,7 +170,7 @@ def _are_tokens(words):
 
 
 def _are_tokens_in_one(words):
-    """ Whether they are labels, all tokens in one row, and where each example begins, as nn.EmbeddingBag takes them. """
+    """ Whether they are labels, the tokens of all in one row, and where each begins, as nn.EmbeddingBag takes them. """
     counts = Counter(word.count for word in words)
     return len(words) in (3, 4) and all(word.counts and word.axes == 1 for word in words) and (
         len(counts) == 2 and min(counts.values()) == 1 < max(counts.values()))
