@@ -117,6 +117,17 @@ def test_one_word_each_and_best_first(tmp_path):
     assert [text.split(':')[0] for text in summary(table)] == ['best', 'good', 'slow', 'low', 'dead', 'nan']
 
 
+def test_a_run_that_goes_on_has_no_rate_that_is_too_low(tmp_path):
+    """ As one that was killed: it may still come as far as the others. Too high a rate shows in half of a run. """
+    sweep(tmp_path)
+    for name in ('slow', 'low', 'dead'):
+        fpath = tmp_path / name / 'plasticity.jsonl'
+        fpath.write_text(''.join(line for line in fpath.read_text().splitlines(True) if json.loads(line)['step'] < 60))
+    said = verdicts(tmp_path)
+    assert {name: (said[name].word, said[name].rate) for name in ('slow', 'low', 'dead')} == {
+        'slow': ('slow', ''), 'low': ('hardly moved', ''), 'dead': ('collapsed', 'too high')}
+
+
 def test_without_a_loss_the_metrics_tell(tmp_path):
     sweep(tmp_path, scalars=False)
     said = verdicts(tmp_path)
