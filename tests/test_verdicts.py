@@ -251,7 +251,8 @@ def test_near_the_best_where_nobody_knows_the_start(tmp_path, with_low):
 
 @pytest.mark.parametrize('name, sign', [
     ('val_acc', 1), ('val/mIoU', 1), ('valid_f1', 1), ('BinaryF1Score', 1), ('map_50', 1), ('r2', 1), ('val_loss', -1),
-    ('valLoss', -1), ('val/MAE', -1), ('error_of_map', -1), ('perplexity', -1), ('lr-SGD', 0), ('gradient', 0),
+    ('valLoss', -1), ('val/MAE', -1), ('val_sMAPE', -1), ('val_crps', -1), ('minADE', -1), ('val_pck', 1),
+    ('error_of_map', -1), ('perplexity', -1), ('lr-SGD', 0), ('gradient', 0),
     ('maes', 0), ('', 0)])
 def test_a_name_says_what_is_better(name, sign):
     assert direction(name) == sign
