@@ -106,6 +106,15 @@ def test_seeds_share_a_cell_and_its_mean():
     assert said(made)[0] == f'{best} Yet even there 1 of 2 is slow.'
 
 
+def test_a_run_without_any_setting_has_no_place():
+    made = sweep((LOW, GOOD, HIGH, DEAD), (SLOW,) * 4, optimizer='SGD')
+    grid = make_grid(a_table([a_run(0.99), *made]))
+    assert axes(a_table([a_run(0.99), *made])) == ['learning rate', 'batch size']
+    assert [facet.label for facet in grid.facets] == [''] and None not in [*grid.columns, *grid.rows]
+    assert sorted(i for runs in grid.facets[0].cells.values() for i in runs) == list(range(1, 9))
+    assert said([a_run(0.99), *made])[0] == said(made)[0]
+
+
 def test_other_settings_are_grids_of_their_own_or_averaged_over():
     made = [made for width in (4, 8) for made in sweep((LOW, GOOD, HIGH, DEAD), (SLOW,) * 4, width=width)]
     assert [facet.label for facet in make_grid(a_table(made)).facets] == ['width 4', 'width 8']
