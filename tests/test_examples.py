@@ -97,6 +97,8 @@ BETTER = {
     'time first, lengths': ((tokens(20, 4), tokens(4)), 4),
     'time first, features': ({'x': torch.ones(20, 4, 8), 'label': tokens(4)}, 4),
     'time first, source and target': ((tokens(20, 4), tokens(18, 4)), 4),
+    'labels, tokens of all in one, offsets': ((tokens(4), tokens(31), tokens(4)), 4),
+    'lists of tokens as tensors': ([tokens(n) for n in (4, 31, 7)], 3),
     'packed': (pack_padded_sequence(torch.ones(4, 7, 3), [7, 5, 3, 2], batch_first=True), 4),
     'packed with labels': ((pack_sequence([torch.ones(n, 2) for n in (9, 4, 1)]), tokens(3)), 3),
     'nested': (torch.nested.nested_tensor([torch.ones(n, 3) for n in (2, 5)]), 2),

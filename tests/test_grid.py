@@ -100,7 +100,19 @@ def test_seeds_share_a_cell_and_its_mean():
     assert math.isnan(cell_value(quantity, [2, 3])) and shade(math.nan, 0, 1, False) is None
     # One of two broke: the best run does not make this cell the best.
     assert grid.facets[0].best == (0, 0)
-    assert said(made)[0] == 'Best: learning rate 0.1, batch size 8 with val_acc 0.85 (mean of 2 runs).'
+    best = 'Best: learning rate 0.1, batch size 8 with val_acc 0.85 (mean of 2 runs).'
+    assert said(made)[0] == best
+    made[0] = a_run(0.8, 'slow', lr=0.1, batch_size=8, seed=0)
+    assert said(made)[0] == f'{best} Yet even there 1 of 2 is slow.'
+
+
+def test_a_run_without_any_setting_has_no_place():
+    made = sweep((LOW, GOOD, HIGH, DEAD), (SLOW,) * 4, optimizer='SGD')
+    grid = make_grid(a_table([a_run(0.99), *made]))
+    assert axes(a_table([a_run(0.99), *made])) == ['learning rate', 'batch size']
+    assert [facet.label for facet in grid.facets] == [''] and None not in [*grid.columns, *grid.rows]
+    assert sorted(i for runs in grid.facets[0].cells.values() for i in runs) == list(range(1, 9))
+    assert said([a_run(0.99), *made])[0] == said(made)[0]
 
 
 def test_other_settings_are_grids_of_their_own_or_averaged_over():

@@ -220,3 +220,14 @@ def test_what_was_never_measured_is_said(tmp_path, capsys):
     ('1e2 s', 100), ('250ms', 0.25)])
 def test_durations(text, seconds):
     assert Schedule(text).seconds == pytest.approx(seconds)
+
+
+def test_each_epoch_looks_at_all_of_its_micro_batches(tmp_path):
+    # 10 micro-batches of 8, with 4 a step; max_steps ends the second epoch after its first step
+    for max_steps, steps, samples in ((-1, [2, 5], [80, 80]), (4, [2, 3], [80, 32])):
+        monitor = PlasticityMonitor('dead_units,update_ratio', source='train')
+        _, _, lines, _ = fit(tmp_path / str(max_steps), monitor, validate=False, n=80, accumulate_grad_batches=4,
+                             max_steps=max_steps)
+        assert [(line['step'], line['samples']) for line in lines_of(lines, 'dead_units')] == list(
+            zip(steps, samples, strict=True))
+        assert [line['step'] for line in lines_of(lines, 'update_ratio')] == steps

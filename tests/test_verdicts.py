@@ -117,6 +117,17 @@ def test_one_word_each_and_best_first(tmp_path):
     assert [text.split(':')[0] for text in summary(table)] == ['best', 'good', 'slow', 'low', 'dead', 'nan']
 
 
+def test_a_run_that_goes_on_has_no_rate_that_is_too_low(tmp_path):
+    """ As one that was killed: it may still come as far as the others. Too high a rate shows in half of a run. """
+    sweep(tmp_path)
+    for name in ('slow', 'low', 'dead'):
+        fpath = tmp_path / name / 'plasticity.jsonl'
+        fpath.write_text(''.join(line for line in fpath.read_text().splitlines(True) if json.loads(line)['step'] < 60))
+    said = verdicts(tmp_path)
+    assert {name: (said[name].word, said[name].rate) for name in ('slow', 'low', 'dead')} == {
+        'slow': ('slow', ''), 'low': ('hardly moved', ''), 'dead': ('collapsed', 'too high')}
+
+
 def test_without_a_loss_the_metrics_tell(tmp_path):
     sweep(tmp_path, scalars=False)
     said = verdicts(tmp_path)
@@ -240,7 +251,8 @@ def test_near_the_best_where_nobody_knows_the_start(tmp_path, with_low):
 
 @pytest.mark.parametrize('name, sign', [
     ('val_acc', 1), ('val/mIoU', 1), ('valid_f1', 1), ('BinaryF1Score', 1), ('map_50', 1), ('r2', 1), ('val_loss', -1),
-    ('valLoss', -1), ('val/MAE', -1), ('error_of_map', -1), ('perplexity', -1), ('lr-SGD', 0), ('gradient', 0),
+    ('valLoss', -1), ('val/MAE', -1), ('val_sMAPE', -1), ('val_crps', -1), ('minADE', -1), ('val_pck', 1),
+    ('error_of_map', -1), ('perplexity', -1), ('lr-SGD', 0), ('gradient', 0),
     ('maes', 0), ('', 0)])
 def test_a_name_says_what_is_better(name, sign):
     assert direction(name) == sign

@@ -296,8 +296,8 @@ class Fit:
                     self.last.hold('step', reading.settled({name: self.metrics[name] for name in self._held
                                                             if name in self.metrics}))
         self.publisher.publish(readings, asks=stepped and self.agenda.asks_the_time(step))
-        if stepped:
-            self._wake = self._next_step(module)
+        # A step that is awake in its first micro-batch, as one that begins an epoch, is so in all of them.
+        self._wake = self._next_step(module) if stepped else step
 
     def _next_step(self, module):
         """ The first step after this one at which anything can be due; see also begin_batch. """

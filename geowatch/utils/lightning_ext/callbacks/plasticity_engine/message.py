@@ -129,8 +129,8 @@ def _why(metric, has_stepped, why_not_seen):
         return why_not_seen or 'no activation of a watched layer was seen'
     if set(metric.sources) == {'weights'}:
         return 'there was none of the watched weights'
-    return ('no optimizer stepped with a gradient of a watched weight at a step at which it was due, or nobody could '
-            'know before that the step would be the last')
+    return ('no optimizer stepped with a finite gradient of a watched weight at a step at which it was due, or nobody '
+            'could know before that the step would be the last')
 
 
 def _every(schedule):

@@ -57,7 +57,9 @@ def _best(table, grid, facet):
     value = f' with {judged.title} {judged.text(cell_value(judged, runs))}' if judged else ''
     several = f' (mean of {len(runs)} runs)' if len(runs) > 1 else ''
     word = majority(table, runs)
-    return Advice(f'Best: {place}{value}{several}.' + (f' Yet even there it is {word}.' if word in WEAK else ''))
+    count = sum(table.verdicts[i].word == word for i in runs)
+    how = 'it is' if count == len(runs) else f'{count} of {len(runs)} {"is" if count == 1 else "are"}'
+    return Advice(f'Best: {place}{value}{several}.' + (f' Yet even there {how} {word}.' if word in WEAK else ''))
 
 
 def _bounds(table, grid, facet):

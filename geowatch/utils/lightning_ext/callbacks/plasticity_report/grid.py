@@ -107,13 +107,18 @@ def axes(table):
 
 def _differing(table):
     """ Settings that group runs; a seed does not, nor a text of each run's own. """
-    found = []
+    found, placed = [], _placed(table)
     for title, values in table.settings.items():
-        own = distinct(values)
+        own = distinct([values[i] for i in placed])
         if len(own) > 1 and title.rpartition('.')[2] not in SEEDS and (
                 title in NAMED or all(map(is_number, own)) or len(own) < max(3, len(values))):
             found.append(title)
     return [title for title in NAMED if title in found] + [title for title in found if title not in NAMED]
+
+
+def _placed(table):
+    """ The runs that have a place on any axis: not those of which no setting is known. """
+    return [i for i in range(len(table.runs)) if any(values[i] is not None for values in table.settings.values())]
 
 
 def make_grid(table):
@@ -126,18 +131,18 @@ def make_grid(table):
     Returns:
         Grid | None: of one row where only one setting differs, None where none does
     """
-    differing, runs = _differing(table), range(len(table.runs))
+    differing, runs = _differing(table), _placed(table)
     if not differing:
         return None
     x, y, others = differing[0], ''.join(differing[1:2]), differing[2:]
-    along, down = table.settings[x], table.settings.get(y, [None] * len(runs))
-    columns, rows = distinct(along), distinct(down)
-    labels = [', '.join(f'{title} {setting_text(table.settings[title][i])}' for title in others) for i in runs]
-    merged = others if len(set(labels)) > MOST_FACETS else []
+    along, down = table.settings[x], table.settings.get(y, [None] * len(table.runs))
+    columns, rows = distinct([along[i] for i in runs]), distinct([down[i] for i in runs])
+    labels = {i: ', '.join(f'{title} {setting_text(table.settings[title][i])}' for title in others) for i in runs}
+    merged = others if len(set(labels.values())) > MOST_FACETS else []
     if merged:
-        labels = [''] * len(table.runs)
+        labels = dict.fromkeys(runs, '')
     facets = []
-    for label in dict.fromkeys(labels):
+    for label in dict.fromkeys(labels.values()):
         cells = collections.defaultdict(list)
         for i in runs:
             if labels[i] == label:

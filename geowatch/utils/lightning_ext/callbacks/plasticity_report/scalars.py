@@ -8,13 +8,13 @@ from .foreign import readable, whole
 from .runs import ReportError
 
 # Words in names of scalars. An abbreviation stands alone: `mae` is an error, and `maes` is none.
-LOSSES = frozenset('loss losses error err mse rmse mae mape nll nelbo bce ce perplexity ppl wer cer fid kl brier ece '
-                   'cost regret divergence distance'.split())
+LOSSES = frozenset('loss losses error err mse rmse rmsle mae mape smape wape mase crps nll nelbo bce ce perplexity ppl '
+                   'bpd bpc wer cer eer ade fde fid lpips kl brier ece huber cost regret divergence distance'.split())
 SCORES = frozenset('acc accuracy acc1 acc5 top1 top5 f1 fbeta auc auroc auprc ap map map50 iou miou jaccard dice r2 '
                    'precision recall sensitivity specificity kappa mcc ndcg mrr bleu rouge psnr ssim reward return '
-                   'score elbo pearson spearman'.split())
+                   'score elbo pearson spearman nmi ari pck meteor cider'.split())
 OF_TRAINING = frozenset('train training total batch running mean avg epoch step'.split())
-VALIDATION = frozenset('val valid validation dev eval test'.split())
+VALIDATION = frozenset('val valid validation dev eval evaluation test'.split())
 
 
 def load_scalars(run):

@@ -67,13 +67,21 @@ def judge(runs, under=None):
     """
     bench = _Bench(runs, under)
     verdicts = [bench.judge(i) for i in range(len(runs))]
-    for verdict in verdicts:
+    for run, verdict in zip(runs, verdicts, strict=True):
         verdict.rate = {'diverged': 'too high', 'collapsed': 'too high', 'hardly moved': 'too low'}.get(
             verdict.word, verdict.rate)
+        if verdict.rate == 'too low' and _may_go_on(run, runs):
+            verdict.rate = ''
     if bench.score and len(runs) > 1:
         first = verdicts[bench.order(verdicts)[0]]
         first.best = first.word in ('learned', 'slow')
     return verdicts
+
+
+def _may_go_on(run, runs):
+    """ Whether another has gone on for longer, in epochs and in steps: who is behind may still come as far. """
+    return any(run.epochs and other.epochs and run.epochs[1] < other.epochs[1] and run.last_step < other.last_step
+               for other in runs)
 
 
 def rank(runs, verdicts, under=None):

@@ -157,7 +157,8 @@ def _are_examples(tensors):
     if axes == 0:
         return True
     if any(shape[:1] != first for shape in shapes):
-        return not _are_tokens([_word(tensor) for tensor in tensors])
+        words = [_word(tensor) for tensor in tensors]
+        return not _are_tokens(words) and not _are_tokens_in_one(words)
     are_images = axes > 2 and first[0] in _CHANNELS and all(shape[1] > _MOST_INPUTS for shape in shapes)
     return are_images or axes in (2, 3) and len(tensors) > _MOST_INPUTS
 
@@ -166,6 +167,13 @@ def _are_tokens(words):
     """ Whether a few are tokens (time, batch), of one batch. """
     return len(words) <= _MOST_INPUTS and all(word.counts and word.axes == 2 for word in words) and len(
         {word.second for word in words}) == 1
+
+
+def _are_tokens_in_one(words):
+    """ Whether they are labels, the tokens of all in one row, and where each begins, as nn.EmbeddingBag takes them. """
+    counts = Counter(word.count for word in words)
+    return len(words) in (3, 4) and all(word.counts and word.axes == 1 for word in words) and (
+        len(counts) == 2 and min(counts.values()) == 1 < max(counts.values()))
 
 
 def _agreed(words):

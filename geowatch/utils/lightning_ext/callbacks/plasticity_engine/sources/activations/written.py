@@ -23,6 +23,7 @@ SELF_GATED = {
     ('special_erf',): 'gelu',
     ('special_erfc',): 'gelu',
     ('special_ndtr',): 'gelu',
+    ('exp',): 'silu',  # x * (1 / (1 + exp(-x)))
     ('relu6',): 'hardswish',
     ('hardtanh',): 'hardswish',
     ('hardsigmoid',): 'hardswish',
@@ -84,7 +85,7 @@ def _clamps_below(args, kwargs, trails):
     return ('relu', (0.,), ()) if _is_zero(low) else None
 
 
-@WRITTEN.of('maximum', 'max')
+@WRITTEN.of('maximum', 'max', 'fmax')
 def _larger_of_two(args, kwargs, trails):
     first, second = (*args, *kwargs.values())
     if isinstance(second, torch.Tensor):  # and not a dimension
@@ -98,7 +99,9 @@ def _larger_of_two(args, kwargs, trails):
 
 @WRITTEN.of('where')
 def _chooses(args, kwargs, trails):
-    mask, x, other = args
+    mask, x, other = (*args, *kwargs.values())
+    if mask.dtype is not torch.bool:  # as a method of x
+        mask, x = x, mask
     for kept, below, is_above in ((x, other, True), (other, x, False)):
         if trails.mask_of(mask, kept) is is_above:
             if _is_zero(below):
