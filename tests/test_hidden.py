@@ -4,6 +4,7 @@ Which activation calls are hidden layers, of which layer they are, and how many 
 Each network is small, and what is right is counted by hand: units of layers that are made dead.
 """
 import copy
+import dataclasses
 import warnings
 
 import numpy as np
@@ -123,6 +124,35 @@ def test_the_last_activation_of_a_network_that_makes_features():
     assert hidden(model, lambda x: F.relu(model[:3](x))) == {'1': (3, 12)}
 
 
+@dataclasses.dataclass
+class Out:
+    features: torch.Tensor
+
+
+class Wrapped(nn.Module):
+    def __init__(self, wrap):
+        super().__init__()
+        self.net, self.wrap = nn.Sequential(*net(), nn.ReLU()), wrap
+        kill(self.net[2], slice(1))
+
+    def forward(self, x):
+        return self.wrap(self.net[2](self.net[1](self.net[0](x))))
+
+
+@pytest.mark.parametrize('wrap', [
+    lambda y: F.relu(y), lambda y: {'f': [F.relu(y)]}, lambda y: (F.normalize(F.relu(y), dim=1), None),
+    lambda y: Out(F.relu(y)), lambda y: F.relu(y).unflatten(0, (2, -1)).mean(1)])
+def test_features_that_a_network_returns(wrap):
+    assert hidden(Wrapped(wrap)) == {'net.1': (3, 12), 'relu': (1, 2)}
+
+
+@pytest.mark.parametrize('loss', [
+    lambda y: F.relu(1 - y).mean(), lambda y: {'loss': F.elu(y).sum(), 'logits': y},
+    lambda y: F.relu(.1 - (y[:, None] - y[None])).mean(), lambda y: (F.relu(y.norm(dim=1)).mean(), y)])
+def test_a_loss_inside_of_the_networks_own_forward(loss):
+    assert hidden(Wrapped(loss)) == {'net.1': (3, 12)}
+
+
 def test_the_user_names_a_module():
     model = nn.Sequential(*net(), nn.Sigmoid())
     kill(model[2], slice(1), 100)
@@ -237,6 +267,58 @@ def test_weights_of_one_module(way):
         return torch.func.functional_call(model, dict(model.named_parameters()), (x,))
 
     assert hidden(model, run) == {'relu@vars.0': (0, 12), 'relu@vars.2': (12, 12)}
+
+
+@pytest.mark.parametrize('examples', [4, 6])
+@pytest.mark.parametrize('way', ['mixed kernels', 'scaled kernels'])
+def test_kernels_that_are_made_for_each_example(way, examples):
+    """ The groups of the convolution are the examples, as in CondConv and in StyleGAN. """
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.kernels = nn.Parameter(torch.randn(4 if way == 'mixed kernels' else 1, 6, 3, 3, 3))
+            self.bias = nn.Parameter(torch.zeros(6))
+            self.router, self.head = nn.Linear(3, 4 if way == 'mixed kernels' else 3), nn.Conv2d(6, 2, 1)
+
+        def forward(self, x):
+            made = self.router(x.mean((2, 3)))
+            if way == 'mixed kernels':
+                kernels = made.softmax(1) @ self.kernels.flatten(1)
+            else:
+                kernels = self.kernels * made[:, None, :, None, None]
+            y = F.conv2d(x.reshape(1, -1, 5, 5), kernels.view(-1, 3, 3, 3), padding=1, groups=len(x))
+            return self.head(F.relu(y.view(-1, 6, 5, 5) + self.bias.view(-1, 1, 1)))
+
+    model = Net()
+    with torch.no_grad():
+        model.bias[:2] = -500
+    assert list(hidden(model, inputs=torch.randn(examples, 3, 5, 5)).values()) == [(2, 6)]
+
+
+def test_layers_on_an_axis_of_their_own():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(kill(nn.Linear(8, 6), slice(2 * i)) for i in range(3))
+            self.head = nn.Linear(6, 1)
+
+        def forward(self, x):
+            return self.head(F.relu(torch.stack([layer(x) for layer in self.layers], 1)).mean(1))
+
+    assert list(hidden(Net()).values()) == [(6, 18)]
+
+
+def test_real_and_imaginary_parts():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.real, self.imaginary, self.head = kill(nn.Linear(8, 6), slice(2)), nn.Linear(8, 6), nn.Linear(6, 1)
+
+        def forward(self, x):
+            z = torch.complex(self.real(x), self.imaginary(x))
+            return self.head(torch.complex(F.relu(z.real), F.relu(z.imag)).abs())
+
+    assert sorted(hidden(Net()).values()) == [(0, 6), (2, 6)]
 
 
 def test_a_hypernetwork():

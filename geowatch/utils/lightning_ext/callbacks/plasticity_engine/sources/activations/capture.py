@@ -101,6 +101,7 @@ class Capture:
         self.seconds = 0.
         self._modules = self._trails = None
         self._sites = {}
+        self._last = {}  # path of a module that runs to sites that are hidden layers if it returns what comes of them
         self._suspended = None  # the module that runs without us
         self._at_work = False
         self._broken = False
@@ -139,7 +140,7 @@ class Capture:
         self._suspended, self._broken = None, True
         if self._modules is not None:
             self.ran |= self._modules.ran()
-        for known in filter(None, (self._modules, self._trails)):
+        for known in filter(None, (self._last, self._modules, self._trails)):
             known.clear()
 
     def _guard(self, function, *args):
@@ -170,7 +171,7 @@ class Capture:
 
     def _leaving(self, module, args, *kwargs_and_output):
         for running in self._modules.leave(module):
-            if running.is_plain:
+            if running.is_plain and running.path not in self._last:
                 continue
             # After an exception torch gives neither kwargs nor output.
             returned = running.module is module and len(kwargs_and_output) == 2
@@ -183,6 +184,8 @@ class Capture:
                 self._guard(self._run_as_one, running, args, *kwargs_and_output)
             if running.activation and returned:
                 self._guard(self._report_module, running, kwargs_and_output[1])
+            if (sites := self._last.pop(running.path, None)) and returned:
+                self._guard(self._keep_features, sites, kwargs_and_output[1])
 
     def _is_fast(self, module):
         # Also a frozen part of a network in training.
@@ -233,10 +236,8 @@ class Capture:
         (name, is_mask, is_plain), path, trails = kind_of(func), self._modules.path, self._trails
         if is_mask:
             trails.compare(name, args, output)
-        if isinstance(output, torch.Tensor):
-            outputs = [output] if output.is_floating_point() else []
-        else:
-            outputs = [x for x in tensors_in(output) if x.is_floating_point()]
+        found = [output] if isinstance(output, torch.Tensor) else tensors_in(output)
+        outputs = [x for x in found if x.is_floating_point() or x.is_complex()]
         if not outputs:
             return
         is_activation = name in SATURATED_VALUES
@@ -306,8 +307,11 @@ class Capture:
             self._trails.activate(output, name, sites, parts)
             self.values.update(dict.fromkeys(sites, values))
             is_named = self._names(path)
-            if is_named or self._may_be_last(name, trail, is_hinge):
+            if is_named:
                 self.hidden.update(sites)
+            elif name not in OUTPUTS and not is_hinge and trail is not None and trail.run.is_trained:
+                for holder in self._modules.holding(layer):
+                    self._last.setdefault(holder, []).extend(sites)
             if is_named or self._everything or (trail is not None and trail.is_trained):
                 for site, (_, one, own) in zip(sites, pieces, strict=True):
                     if not one.numel():
@@ -315,10 +319,13 @@ class Capture:
                     elif site not in self.parts:
                         self._look(site, *units_last(one, own), values, above)
 
-    def _may_be_last(self, name, trail, is_hinge):
-        """ Whether it counts also if no layer follows, as the last activation of a network that makes features. """
-        return (name not in OUTPUTS and not is_hinge and trail is not None and trail.run.is_trained
-                and self._modules.holds(trail.run.layer))
+    def _keep_features(self, sites, output):
+        """ What a part of the network returns counts also if no layer follows; what became of it a loss does not. """
+        returned = tensors_in([output] if isinstance(output, (*_RETURNED, dict)) else getattr(
+            output, '__dict__', {}).values())
+        for trail in filter(None, map(self._trails.get, returned)):
+            if trail.place:
+                self.hidden.update(trail.pending.intersection(sites))
 
     def _site(self, path, name, layer, nth, units, shards=None):
         key = path, name, layer, nth, units, shards

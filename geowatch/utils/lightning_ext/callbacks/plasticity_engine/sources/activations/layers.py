@@ -43,6 +43,37 @@ def layer_places(name: str, args: tuple, owners: list, output) -> tuple[Place, P
     return whole(output, units), whole(output, matrices)
 
 
+def of_one_group(name: str, args: tuple, kwargs: dict, inputs: list, place: Place) -> Place:
+    """
+    The units of a convolution whose weight was made for each example, where the groups are the examples.
+
+    Args:
+        name (str): of the function
+        args (tuple): of the call
+        kwargs (dict): of the call
+        inputs (List[Tensor]): input and weight, of more
+        place (Place): of all channels
+
+    Returns:
+        Place: of one group's, unless the groups are those of one example, as in a depthwise convolution
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.axes import Part
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.layers import of_one_group
+        >>> import torch
+        >>> # 5 examples with 3 channels each, which become 4
+        >>> x, weight = torch.empty(1, 5 * 3, 8, 8), torch.empty(5 * 4, 3, 1, 1)
+        >>> of_one_group('conv2d', (x, weight), {'groups': 5}, [x, weight], (Part(1, 20),))
+        (Part(axis=1, size=4, step=1),)
+    """
+    if not name.startswith('conv') or len(inputs) < 2 or inputs[0].shape[0] != 1:
+        return place
+    at = 7 if 'transpose' in name else 6
+    groups = kwargs.get('groups', args[at] if len(args) > at else 1)
+    inside = inputs[0].shape[1] // groups
+    return tuple(part._replace(size=part.size // groups) for part in place) if groups > 1 and inside > 1 else place
+
+
 @LAYERS.of('linear', 'bilinear', 'embedding', 'embedding_bag', 'multi_head_attention_forward', 'lstm', 'gru',
            'rnn_tanh', 'rnn_relu', 'lstm_cell', 'gru_cell', 'rnn_tanh_cell', 'rnn_relu_cell',
            'mv', 'addmv', 'tensordot', 'inner', 'cdist')

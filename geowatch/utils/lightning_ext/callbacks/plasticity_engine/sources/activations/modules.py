@@ -123,19 +123,20 @@ class Modules:
         self._known = {}
         self._stack = []
 
-    def holds(self, layer):
+    def holding(self, layer):
         """
-        Whether a module that runs holds a layer: the network, and neither a loss nor a metric.
+        Which modules that run hold a layer: the network and its parts, and neither a loss nor a metric.
 
         Args:
             layer (str): its path
 
         Returns:
-            bool:
+            List[str]: their paths
         """
         # Strategies run a step as the forward of the whole, which they replace meanwhile.
-        return any(layer.startswith(f'{running.path}.') or layer == running.path if running.path
-                   else 'forward' not in vars(running.module) for running in self._stack)
+        return [running.path for running in self._stack if (
+            layer.startswith(f'{running.path}.') or layer == running.path if running.path
+            else 'forward' not in vars(running.module))]
 
     @property
     def top(self):

@@ -175,9 +175,14 @@ def _moves_axes(args, kwargs, source, output):
     return [order.index(axis) for axis in range(source.ndim)]
 
 
+def stacked_axis(args, kwargs, output):
+    """ The axis (int) that a stack of tensors has more than they. """
+    return kwargs.get('dim', args[1] if len(args) > 1 else 0) % output.ndim
+
+
 @MOVES.of('stack', 'unsqueeze')
 def _inserts(args, kwargs, source, output):
-    dim = kwargs.get('dim', args[1] if len(args) > 1 else 0) % output.ndim
+    dim = stacked_axis(args, kwargs, output)
     return [axis + (dim <= axis) for axis in range(source.ndim)]
 
 

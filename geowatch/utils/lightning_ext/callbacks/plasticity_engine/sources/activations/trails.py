@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from ..flat import calls_torch
-from .axes import SLICES, Place, units_in, whole
-from .layers import LAYERS, NORM_AXIS, layer_places
-from .moves import MOVES, follow_units
+from .axes import SLICES, Part, Place, units_in, whole
+from .layers import LAYERS, NORM_AXIS, layer_places, of_one_group
+from .moves import MOVES, follow_units, stacked_axis
 from .nested import tensors_in
 from .owners import LOOKUPS, MASKS, Owners, slice_name
 from .products import OPERANDS, PRODUCTS, follow_product
@@ -181,7 +181,7 @@ class Trails:
                     self.remember(x, None, owner)
                 return False
         if is_layer and (weight is not None or name not in PRODUCTS):
-            self._run_layer(name, args, inputs, owners, weight, outputs, path)
+            self._run_layer(name, args, kwargs, inputs, owners, weight, outputs, path)
         elif trail is not None:
             if not several and name not in _MOVING and len(outputs) == 1 and outputs[0].shape == source.shape:
                 self.remember(outputs[0], trail)  # by far the most calls
@@ -222,6 +222,10 @@ class Trails:
                 source, trail = max(found, key=lambda pair: (
                     pair[0].shape == outputs[0].shape, pair[0].ndim == outputs[0].ndim, bool(pair[1].place),
                     pair[1].run.order))
+                if name == 'stack' and len({own.run.layer for _, own in found}) == len(inputs):
+                    # Layers on an axis of their own are told apart by it.
+                    place_of_product = (*follow_units(name, args, kwargs, source, trail.place, outputs[0]),
+                                        Part(stacked_axis(args, kwargs, outputs[0]), len(inputs)))
         if name == 'detach' and not calls_torch('deepspeed.'):
             pending, is_trained = _NONE, False
             root = root or next(self._order)
@@ -269,7 +273,7 @@ class Trails:
 
     # --- layers ------------------------------------------------------------------
 
-    def _run_layer(self, name, args, inputs, owners, weight, outputs, path):
+    def _run_layer(self, name, args, kwargs, inputs, owners, weight, outputs, path):
         layer, is_trained = (path, False) if weight is None else (weight.layer, weight.is_trained)
         if weight is None and len(inputs) > 1 and (made := self.get(inputs[1])) is not None:
             # What another layer has made is the weight.
@@ -283,6 +287,8 @@ class Trails:
         for x in outputs:
             if x.ndim:
                 place, matrices = layer_places(name, args, owners, x)
+                if len(owners) > 1 and owners[1] is None:
+                    place = of_one_group(name, args, kwargs, inputs, place)
                 self.remember(x, trail._replace(place=place, matrices=matrices, labels=labels))
 
     def start(self, layer, outputs, axis, inputs=(), is_trained=True):
