@@ -589,9 +589,10 @@ class Mixed(torch.nn.Module):
 
 def statistics_of(model):
     """ All additive statistics of the weights and gradients of a model, on this process. """
+    from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.contents import Contents
     from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.weights import weights_of
     from geowatch.utils.lightning_ext.callbacks.plasticity_engine.statistics.tensors import functions_of
-    weights, found = weights_of(model), {}
+    weights, found = weights_of(Contents(model)), {}
     for source, own in (('weights', weights), ('gradients', {layer: w.grad for layer, w in weights.items()})):
         for function, fields in functions_of(['count', 'abs', 'squares', 'nonfinite', 'gram']).items():
             found.update({(source, field): x for field, x in function(own, fields).items()})

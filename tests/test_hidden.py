@@ -17,6 +17,7 @@ from zoo import Seen
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.capture import Capture
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.functions import register_activation
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.sites import site_names
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.contents import Contents
 
 X = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
 
@@ -202,7 +203,7 @@ def test_what_no_optimizer_has_is_frozen():
 
     def step(x):
         return model['a'](x) + model['b'](x)
-    assert hidden(model, step, is_trained=lambda name, param: name.startswith('b.')) == {'b.1': (3, 12)}
+    assert hidden(model, step, contents=Contents(model, lambda name, param: name.startswith('b.'))) == {'b.1': (3, 12)}
 
 
 @pytest.mark.parametrize('frozen, names', [

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from geowatch.utils.lightning_ext.callbacks.plasticity import PlasticityMonitor
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.contents import Contents
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.weights import weights_of
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.statistics.tensors import grams
 from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import METRICS
@@ -152,7 +153,7 @@ def test_kinds(kind):
             **others}.items()}
         state = copy.deepcopy(net.state_dict())
         drawn = torch.get_rng_state()
-        got = weights_of(net)
+        got = weights_of(Contents(net))
         assert set(got) == set(right)
         for name, matrix in right.items():
             assert got[name].detach().flatten(1).numpy() == pytest.approx(matrix.flatten(1).numpy(), rel=1e-6), name
@@ -170,7 +171,7 @@ def test_eval_mode_stays():
     net = make_net()
     parametrizations.spectral_norm(net.fc1)
     net.fc1.eval()
-    weights_of(net)['fc1'].detach()
+    weights_of(Contents(net))['fc1'].detach()
     assert not any(module.training for module in net.fc1.modules()) and net.fc2.training
 
 

@@ -31,6 +31,7 @@ from geowatch.utils.lightning_ext.callbacks.plasticity_engine.measurement import
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.capture import Capture
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.sites import Site
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.window import Window
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.contents import Contents
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.weights import weights_of
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.statistics.calls import Call
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.statistics.tensors import functions_of
@@ -153,7 +154,7 @@ def one_read():
 def erank_resnet():
     """ All weights of ResNet-18, and how far the values are from those of an SVD in float64. """
     net = resnet()
-    weights = {name: weight.detach() for name, weight in weights_of(net).items()}
+    weights = {name: weight.detach() for name, weight in weights_of(Contents(net)).items()}
     functions = {
         'ours': measure('erank', weights),
         'torch.linalg.svdvals of each': lambda: [torch.linalg.svdvals(x.flatten(1)) for x in weights.values()],
@@ -238,7 +239,7 @@ def registry():
     """
     net = resnet().eval()
     images = torch.randn(2000, 3, 64, 64, generator=torch.Generator().manual_seed(0)).split(100)
-    weights = weights_of(net)
+    weights = weights_of(Contents(net))
     grads = {name: torch.randn_like(weight) for name, weight in weights.items()}
     found = {'paper': [], 'all': []}
     for _ in range(5):
@@ -380,8 +381,8 @@ def growth(sizes=(10_000, 100_000, 1_000_000, 10_000_000, 100_000_000, 300_000_0
         net = torch.nn.Sequential(*[torch.nn.Linear(width, width, bias=False) for _ in range(4)])
         for param in net.parameters():
             param.grad = torch.ones_like(param)
-        weights = {name: weight.detach() for name, weight in weights_of(net).items()}
-        grads = {name: weight.grad for name, weight in weights_of(net).items()}
+        weights = {name: weight.detach() for name, weight in weights_of(Contents(net)).items()}
+        grads = {name: weight.grad for name, weight in weights_of(Contents(net)).items()}
         flat = torch.empty(size)
         found[size] = alternate({
             'one read: torch.sum': flat.zero_().sum,

@@ -57,7 +57,7 @@ class Activations:
 
     def look(self, module, batch, left):
         """ Look at what a batch makes the model do; `left` batches follow, this one included. """
-        self.looks.look(module, batch, left, self._fit.trained(module))
+        self.looks.look(module, batch, left, self._fit.contents)
 
     def look_away(self, batch):
         """ Stop looking: the batch is over. """

@@ -47,8 +47,9 @@ from .say import say, warn
 from .sinks import Sinks
 from .sources.activations.looks import layer_paths
 from .sources.activations.modules import FUSED_FUNCTIONS
+from .sources.contents import Contents, Trained
 from .sources.flat import stepped_by
-from .sources.weights import Trained, parameters_of, walk, wanted, weights_of
+from .sources.weights import parameters_of, walk, wanted, weights_of
 from .steps import Steps
 from .verdict import Curves, words_on
 
@@ -155,10 +156,10 @@ class Fit:
         self._is_new = begins_anew(trainer)
         if self.run is None or self._is_new:
             self.run = new_run()
-        covered = {id(param) for optimizer in trainer.optimizers for param in stepped_by(optimizer)}
         self._scales = getattr(trainer.precision_plugin, 'scaler', None) is not None
-        self._told = covered if module.automatic_optimization else set()
-        if all(id(param) in self._told for weight in weights_of(module).values() for param in parameters_of(weight)):
+        self._told = stepped_by(trainer.optimizers) if module.automatic_optimization else set()
+        if all(id(param) in self._told for weight in weights_of(Contents(module)).values()
+               for param in parameters_of(weight)):
             self._told = None
         if not trainer.is_global_zero:
             return
@@ -168,17 +169,18 @@ class Fit:
             warn(f'no log folder, so {FILE_NAME} is not written')
         elif not trainer.loggers:
             warn(f'no logger, so values go to {self.sinks.file.fpath} only')
-        say(describe(module, self.trained(module), self.metrics, self.agenda.schedules, self._wants,
+        say(describe(self.contents(module), self.metrics, self.agenda.schedules, self._wants,
                      f'{self.activations.source}, {self.settings.samples} examples', self._reason))
         if self.processes.holders:
             say(f'PlasticityMonitor: as stages of a pipeline, {self.processes.count} processes have layers of their '
                 'own, which are measured too')
 
     def _check_patterns(self, module):
-        weights = weights_of(module, self.trained(module))
+        weights = weights_of(self.contents(module))
+        self._trained.forget()  # a strategy may put others in the place of parameters, for which there has to be room
         # Of all weights, since others may be trained later; what a pipeline has elsewhere counts too.
         names = self.processes.meet([*weights, *(getattr(weight, 'of', '') for weight in weights.values()),
-                                     *(name for name, _, _ in walk(module)), *layer_paths(module)])
+                                     *(name for name, _, _ in walk(Contents(module))), *layer_paths(module)])
         for pattern in self.settings.patterns:
             if not any(pattern.match(name) for name in names):
                 raise PlasticityConfigError(
@@ -381,6 +383,7 @@ class Fit:
     def interrupt(self):
         """ Leave nothing behind, whatever happened. """
         self.looks.look_away()
+        self._trained.forget()
         self._close_sources()
         self.faults.say()
 
@@ -465,7 +468,7 @@ class Fit:
 
     def _walk(self, module):
         """ The weights that are measured, anew at each moment: FSDP2 puts others in their place in between. """
-        return wanted(weights_of(module, self.trained(module)), self._wants)
+        return wanted(self.contents(module).once(weights_of), self._wants)
 
     def _wants(self, layer):
         if layer not in self._wanted:
@@ -477,8 +480,8 @@ class Fit:
         """ Whether the user names a module, and not only a pattern that it matches. """
         return bool(path) and any(pattern.pattern == path for pattern in self.settings.patterns)
 
-    def trained(self, module):
-        """ Which parameters are trained, as :meth:`Trained.look` tells it. """
+    def contents(self, module):
+        """ What the model consists of now, as :meth:`Trained.look` tells it. """
         return self._trained.look(module)
 
     def _step_readings(self, module, names, moment):

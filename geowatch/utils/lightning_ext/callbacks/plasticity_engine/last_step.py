@@ -9,7 +9,7 @@ import weakref
 
 from .lightning import Moment
 from .sources.flat import stepped_by
-from .sources.weights import parameters_of
+from .sources.weights import among
 
 
 class LastStep:
@@ -76,9 +76,7 @@ class LastStep:
         for param, gradient, version in self._gradients.values():
             if param is None or param.grad is None or param.grad is not gradient() or param.grad._version != version:
                 return {}
-        stepped = {id(param) for optimizer in self._gradients for param in stepped_by(optimizer)}
-        return {layer: weight for layer, weight in weights.items()
-                if any(id(param) in stepped for param in parameters_of(weight))}
+        return among(weights, stepped_by(self._gradients))
 
     # --- what was read in case it was the last ---------------------------------
 

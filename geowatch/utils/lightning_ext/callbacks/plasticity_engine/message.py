@@ -8,13 +8,12 @@ _SHOWN = 6  # reasons; a large model may have hundreds
 _NAMED = 3  # modules of one reason
 
 
-def describe(model, is_trained, metrics, schedules, wants, looks, reason):
+def describe(contents, metrics, schedules, wants, looks, reason):
     """
     One message on what is measured.
 
     Args:
-        model (torch.nn.Module):
-        is_trained (Callable | None): see :func:`.sources.weights.weights_of`
+        contents (Contents): of the model
         metrics (Dict[str, Metric]): those that are measured
         schedules (Dict[str, Schedule]): of each metric
         wants (Callable[[str], bool]): of the name of a layer
@@ -28,14 +27,15 @@ def describe(model, is_trained, metrics, schedules, wants, looks, reason):
         >>> from geowatch.utils.lightning_ext.callbacks.plasticity_metrics import METRICS
         >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.message import describe
         >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.schedule import Schedule
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.contents import Contents
         >>> import torch
         >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1))
         >>> _ = model[1].requires_grad_(False)
         >>> metrics, schedules = {'erank': METRICS['erank']}, {'erank': Schedule('epoch')}
-        >>> describe(model, None, metrics, schedules, lambda layer: True, '', None)
+        >>> describe(Contents(model), metrics, schedules, lambda layer: True, '', None)
         'PlasticityMonitor: erank (every epoch); 1 weight. Not watched: 1 weight: frozen (1)'
     """
-    found = list(walk(model, is_trained))
+    found = list(walk(contents))
     weights = {layer: weight for layer, weight, why in found if why is None}
     asked = len(wanted(weights, wants))
     sees = any(metric.sees_activations for metric in metrics.values())
@@ -50,7 +50,7 @@ def describe(model, is_trained, metrics, schedules, wants, looks, reason):
     if mixed and any({'gradients', 'pieces'} & set(metric.sources) for metric in metrics.values()):
         without.append(f'{_count(mixed)}: no gradient, as several parameters make it')
     if sees:
-        without += grouped(fused_modules(model))
+        without += grouped(fused_modules(contents.model))
     if reason:
         without.append(reason)
     if asked < len(weights):

@@ -9,7 +9,7 @@ from .sharding import is_sharded
 from .sources import STEP_SOURCES
 from .sources.activations.examples import count_examples
 from .sources.flat import stepped_by
-from .sources.weights import parameters_of
+from .sources.weights import among
 
 
 class Steps:
@@ -125,9 +125,7 @@ class Steps:
     def before_step(self, walk, optimizer, told=()):
         """ An optimizer is about to step; of parameters whose ids are in `told` another call has told. """
         if self.see_an_optimizer:
-            own = {id(param) for param in stepped_by(optimizer)}.difference(told)
-            weights = {layer: weight for layer, weight in walk().items()
-                       if any(id(param) in own for param in parameters_of(weight))}
+            weights = among(walk(), stepped_by([optimizer]).difference(told))
             self._notes.before_step(optimizer)
             for source in self._open.values():
                 source.before_step(weights, scale_of(self._fit.trainer, optimizer))

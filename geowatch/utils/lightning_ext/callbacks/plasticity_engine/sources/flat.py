@@ -5,7 +5,7 @@ All that is private in these two is here.
 """
 import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
@@ -72,66 +72,90 @@ class Flattened:
         return None if gradient is None else Stretch(gradient.detach(), self.place)
 
 
-def parameters_in(model: nn.Module) -> Callable[[nn.Module], dict[str, nn.Parameter | Flattened]]:
+def parameters_in(modules: list[nn.Module]) -> dict[nn.Module, dict[str, nn.Parameter | Flattened]]:
     """
     The parameters of each module of a model, as optimizers step with them.
 
     Args:
-        model (nn.Module):
+        modules (List[nn.Module]): all of them, the model first
 
     Returns:
-        Callable[[nn.Module], Dict[str, Parameter | Flattened]]: gives those
-            of a module itself, by what it calls them
+        Dict[nn.Module, Dict[str, Parameter | Flattened]]: those of a module
+            itself, by what it calls them
 
     Example:
         >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.flat import parameters_in
         >>> import torch
         >>> net = torch.nn.Sequential(torch.nn.Linear(2, 3, bias=False))
-        >>> parameters_in(net)(net[0])['weight'] is net[0].weight
+        >>> parameters_in([net, net[0]])[net[0]]['weight'] is net[0].weight
         True
     """
     flat = {}
-    if any(getattr(module, '_is_fsdp_managed_module', False) for module in model.modules()):
+    if any(vars(module).get('_is_fsdp_managed_module') for module in modules):
         # Of what wraps a LightningModule only its trainer knows.
-        outer = getattr(getattr(model, '_trainer', None), 'model', None) or model
-        handles = [handle for module in outer.modules() if (handle := getattr(module, '_handle', None)) is not None
+        outer = getattr(getattr(modules[0], '_trainer', None), 'model', None) or modules[0]
+        handles = [handle for module in outer.modules() if (handle := vars(module).get('_handle')) is not None
                    and hasattr(handle, 'flat_param')]
         for handle in handles:
             for module, name, param in _of_fsdp(handle):
                 flat.setdefault(module, {})[name] = param
 
-    known = {}  # id of a parameter to what stands for it, so that a tied one is one
+    known, found = {}, {}  # id of a parameter to what stands for it, so that a tied one is one
+    for module in modules:
+        found[module] = own = {}
+        for name, param in module._parameters.items():
+            # While it runs FSDP1 has other tensors in the place of parameters.
+            if param is not None and not getattr(param, '_is_flat_param', False):
+                own[name] = known.setdefault(id(param), _of_deepspeed(param))
+        own.update(flat.get(module, {}))
+    return found
 
-    def of(module):
-        # While it runs FSDP1 has other tensors in the place of parameters.
-        found = {name: known.setdefault(id(param), _of_deepspeed(param)) for name, param in module._parameters.items()
-                 if param is not None and not getattr(param, '_is_flat_param', False)}
-        return {**found, **flat.get(module, {})}
-    return of
 
-
-def stepped_by(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+def is_flat(param: nn.Parameter | Flattened) -> bool:
     """
-    The parameters that an optimizer changes.
+    Whether a parameter lies in a flat buffer.
 
     Args:
-        optimizer (Optimizer): of torch, or what DeepSpeed makes of one, which
-            has flat copies of parameters itself
+        param (nn.Parameter | Flattened): as :func:`parameters_in` gives it
 
     Returns:
-        List[Parameter]:
+        bool:
+
+    Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.flat import is_flat
+        >>> import torch
+        >>> is_flat(torch.nn.Parameter(torch.ones(2, 2)))
+        False
+    """
+    return isinstance(param, Flattened) or getattr(param, '_fsdp_flattened', False)
+
+
+def stepped_by(optimizers: Iterable[torch.optim.Optimizer]) -> set[int]:
+    """
+    The parameters that optimizers change.
+
+    Args:
+        optimizers (Iterable[Optimizer]): of torch, or what DeepSpeed makes of
+            one, which has flat copies of parameters itself
+
+    Returns:
+        Set[int]: their ids
 
     Example:
         >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.flat import stepped_by
         >>> import torch
         >>> net = torch.nn.Linear(2, 3)
-        >>> len(stepped_by(torch.optim.SGD(net.parameters())))
-        2
+        >>> stepped_by([torch.optim.SGD(net.parameters())]) == {id(net.weight), id(net.bias)}
+        True
     """
+    return {id(param) for optimizer in optimizers for params in _groups_of(optimizer) for param in params}
+
+
+def _groups_of(optimizer):
     for name in ('bit16_groups', 'fp16_groups', 'bf16_groups'):
         if groups := getattr(optimizer, name, None):
-            return list(itertools.chain.from_iterable(groups))
-    return [param for group in getattr(optimizer, 'param_groups', ()) for param in group['params']]
+            return groups
+    return [group['params'] for group in getattr(optimizer, 'param_groups', ())]
 
 
 def calls_torch(package: str) -> bool:

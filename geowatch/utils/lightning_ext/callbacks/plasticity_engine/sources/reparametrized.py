@@ -31,14 +31,14 @@ class Made(NamedTuple):
     keeps_shape: bool = True
 
 
-def made_by(module: nn.Module, parameters: Callable | None = None) -> list[Made]:
+def made_by(module: nn.Module, parameters: dict | None = None) -> list[Made]:
     """
     What a module makes of parameters.
 
     Args:
         module (nn.Module):
-        parameters (Callable[[nn.Module], Dict[str, Parameter | Flattened]] | None):
-            gives those of a module itself, see :func:`.flat.parameters_in`
+        parameters (Dict[nn.Module, Dict[str, Parameter | Flattened]] | None):
+            those of each module, see :func:`.flat.parameters_in`
 
     Returns:
         List[Made]: empty for most
@@ -53,11 +53,11 @@ def made_by(module: nn.Module, parameters: Callable | None = None) -> list[Made]
         >>> made_by(torch.nn.Linear(3, 2))
         []
     """
-    found, parameters = [], parameters or parameters_in(module)
+    found, parameters = [], parameters or parameters_in(list(module.modules()))
     if 'parametrizations' in module._modules and isinstance(lists := module.parametrizations, nn.ModuleDict):
         for name, own in lists.items():
             named = {f'{path}.{key}' if path else key: param for path, part in own.named_modules()
-                     for key, param in parameters(part).items()}
+                     for key, param in parameters[part].items()}
             found.append(Made(name, list(named.values()), lambda values, own=own, named=named: _run(
                 own, dict(zip(named, values, strict=True))), all(
                     type(part).__module__.startswith('torch.nn.utils.') for part in own)))
@@ -65,7 +65,7 @@ def made_by(module: nn.Module, parameters: Callable | None = None) -> list[Made]
     for hook in module._forward_pre_hooks.values():
         if (recipe := _recipe(hook)) is not None:
             name, parts, make = recipe
-            own = {part: param for part in parts if (param := parameters(module).get(part)) is not None}
+            own = {part: param for part in parts if (param := parameters[module].get(part)) is not None}
             found += [Made(name, list(own.values()), lambda values, make=make, own=own: make(types.SimpleNamespace(
                 **module._buffers, **dict(zip(own, values, strict=True)))))] if own else []
     return found

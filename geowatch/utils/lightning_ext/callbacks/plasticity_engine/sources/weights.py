@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from ..sharding import Slice, is_sharded, sharded_like, whole_of
-from .flat import Flattened, parameters_in, stepped_by
+from .contents import Contents
+from .flat import Flattened
 from .reparametrized import made_by
 from .step import StepSource
 
@@ -139,14 +140,27 @@ def parameters_of(weight: nn.Parameter | Flattened | Weight) -> list[nn.Paramete
     return [part.parameter if isinstance(part, Flattened) else part for part in parts]
 
 
-def weights_of(model: nn.Module, is_trained: Callable | None = None) -> dict[str, nn.Parameter | Weight]:
+def among(weights: dict[str, nn.Parameter | Weight], ids: set[int]) -> dict[str, nn.Parameter | Weight]:
+    """
+    Those of some weights that are made of some parameters.
+
+    Args:
+        weights (Dict[str, Parameter | Weight]): as :func:`weights_of` gives them
+        ids (Set[int]): of parameters, as :func:`.flat.stepped_by` gives them
+
+    Returns:
+        Dict[str, Parameter | Weight]:
+    """
+    return {layer: weight for layer, weight in weights.items()
+            if any(id(param) in ids for param in parameters_of(weight))}
+
+
+def weights_of(contents: Contents) -> dict[str, nn.Parameter | Weight]:
     """
     The weights, as the network uses them.
 
     Args:
-        model (nn.Module):
-        is_trained (Callable[[str, Parameter], bool] | None): whether an
-            optimizer has it; by default all have one
+        contents (Contents): of the model
 
     Returns:
         Dict[str, Parameter | Flattened | Weight]: by the names of their
@@ -154,44 +168,45 @@ def weights_of(model: nn.Module, is_trained: Callable | None = None) -> dict[str
             Flattened where it lies in a flat buffer. A tied one is there once.
 
     Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.contents import Contents
         >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.weights import weights_of
         >>> import torch
         >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.LayerNorm([4, 6, 6]), torch.nn.Linear(6, 1))
         >>> _ = torch.nn.utils.parametrizations.spectral_norm(net[2])
         >>> net.cls_token, net.experts = (torch.nn.Parameter(torch.ones(*shape)) for shape in [(1, 6), (2, 5, 6)])
-        >>> {name: tuple(weight.detach().shape) for name, weight in weights_of(net).items()}
+        >>> {name: tuple(weight.detach().shape) for name, weight in weights_of(Contents(net)).items()}
         {'experts.0': (5, 6), 'experts.1': (5, 6), '0': (4, 3, 3, 3), '2': (1, 6)}
     """
-    return {name: weight for name, weight, why in walk(model, is_trained) if why is None}
+    return {name: weight for name, weight, why in walk(contents) if why is None}
 
 
-def walk(model: nn.Module, is_trained: Callable | None = None) -> Iterator[tuple[str, nn.Parameter | Weight, str]]:
+def walk(contents: Contents) -> Iterator[tuple[str, nn.Parameter | Weight, str]]:
     """
     All parameters of a model.
 
     Args:
-        model (nn.Module):
-        is_trained (Callable[[str, Parameter], bool] | None): as in :func:`weights_of`
+        contents (Contents): of the model
 
     Yields:
         Tuple[str, Parameter | Flattened | Weight, str | None]: name of the layer, weight,
             and why it is not measured, None if it is
 
     Example:
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.contents import Contents
         >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.weights import walk
         >>> import torch
         >>> net = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 4).requires_grad_(False))
-        >>> [(name, why) for name, _, why in walk(net)]
+        >>> [(name, why) for name, _, why in walk(Contents(net))]
         [('0', None), ('0.bias', 'biases and scales'), ('1', 'frozen'), ('1.bias', 'biases and scales')]
     """
-    seen, parameters = set(), parameters_in(model)
-    for path, module in model.named_modules():
+    seen, is_trained = set(), contents.is_trained
+    for path, module in contents.modules:
         prefix = f'{path}.' if path else ''
-        for name, parts, make, keeps_shape in made_by(module, parameters):
+        for name, parts, make, keeps_shape in made_by(module, contents.parameters):
             if seen.isdisjoint(map(id, parts)):
                 yield from _weights(prefix + name, parts, make, module, is_trained, keeps_shape)
             seen.update(map(id, parts))
-        for name, param in parameters(module).items():
+        for name, param in contents.parameters[module].items():
             if id(param) not in seen:
                 seen.add(id(param))
                 yield from _weights(prefix + name, [param], None, module, is_trained)
@@ -293,56 +308,6 @@ def _is_norm(owner):
 @_cached
 def _says_norm(class_name):
     return re.search(r'norm(\dd)?$', class_name.lower()) is not None
-
-
-class Trained:
-    """
-    Which parameters the optimizers of a run have.
-
-    Where they have none of the model's, as where it makes optimizers of its
-    own, all count.
-
-    Args:
-        trainer (Trainer): of either package
-
-    Example:
-        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.weights import Trained, weights_of
-        >>> import torch
-        >>> import types
-        >>> net = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 2))
-        >>> trained = Trained(types.SimpleNamespace(optimizers=[torch.optim.SGD(net[1].parameters())]))
-        >>> list(weights_of(net, trained.look(net)))
-        ['1']
-    """
-
-    def __init__(self, trainer):
-        self._trainer = trainer
-        self._ids = None
-        self._sharded = set()  # names
-
-    def look(self, model: nn.Module) -> Callable | None:
-        """
-        Read the optimizers, which may have got other parameters.
-
-        Args:
-            model (nn.Module):
-
-        Returns:
-            Callable[[str, Parameter], bool] | None: for :func:`weights_of`
-        """
-        ids = {id(param) for optimizer in self._trainer.optimizers for param in stepped_by(optimizer)}
-        if ids != self._ids:
-            self._ids, self._sharded = ids, set()
-            self._knows = any(id(param) in ids for param in model.parameters())
-        return self._has if self._knows else None
-
-    def _has(self, name, param):
-        if id(getattr(param, 'parameter', param)) in self._ids:
-            if is_sharded(param):
-                self._sharded.add(name)
-            return True
-        # FSDP2 puts whole ones in their place from a forward pass on until the next backward pass.
-        return name in self._sharded
 
 
 class Weights(StepSource):

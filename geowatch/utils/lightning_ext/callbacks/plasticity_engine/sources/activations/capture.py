@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from ..contents import Contents
 from .axes import Part, default_axis, each_apart, units_in, units_last
 from .functions import OUTPUTS, SATURATED_VALUES, level, saturated_values
 from .kinds import kind_of
@@ -53,8 +54,7 @@ class Capture:
         on_error (Callable | None): called with the path of a module and the
             exception where we failed to follow a call in it, which is not
             seen then. By default the exception is raised.
-        is_trained (Callable[[str, Parameter], bool] | None): whether an
-            optimizer has a parameter that requires a gradient; by default all have one
+        contents (Contents | None): of the model, if they are known, and which of them are trained; by default all
         everything (bool): observe also activations without a trained layer before them
         names (Callable[[str], bool]): whether the user names a module of this
             path, whose activations count wherever they are
@@ -83,12 +83,12 @@ class Capture:
         [('1', (2, 4), 1, (0.0,), 0.0)]
     """
 
-    def __init__(self, model, observe, on_error=None, is_trained=None, everything=True,
+    def __init__(self, model, observe, on_error=None, contents=None, everything=True,
                  names=lambda path: False, parts=None):
         self._model = model
         self._observe = observe
         self._on_error = on_error
-        self._is_trained = is_trained
+        self._contents = contents
         self._everything = everything
         self._names = names
         self.parts = set() if parts is None else parts
@@ -117,8 +117,9 @@ class Capture:
     # --- attach and detach -------------------------------------------------
 
     def __enter__(self):
-        self._modules = Modules(self._model)
-        self._trails = Trails(self._modules.named, self._is_trained, self.unseen)
+        contents = self._contents or Contents(self._model)
+        self._modules = Modules(contents)
+        self._trails = Trails(contents, self.unseen)
         self.hidden = self._trails.confirmed
         try:
             self._opening.open()
@@ -142,6 +143,7 @@ class Capture:
             self.ran |= self._modules.ran()
         for known in filter(None, (self._last, self._modules, self._trails)):
             known.clear()
+        self._contents = None
 
     def _guard(self, function, *args):
         """ An error of ours never reaches the model, and our time is noted. """

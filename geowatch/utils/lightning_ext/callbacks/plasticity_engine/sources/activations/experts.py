@@ -8,28 +8,30 @@ import dataclasses
 
 from torch import nn
 
+from ..contents import Contents
 from ..weights import clean_name
 
 
-def alike(model: nn.Module) -> list[list[str]]:
+def alike(contents: Contents) -> list[list[str]]:
     """
     Modules in one list that are built alike and trained, as the experts of a mixture.
 
     Args:
-        model (nn.Module):
+        contents (Contents): of the model
 
     Returns:
         List[List[str]]: paths of those that are alike
 
     Example:
         >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.experts import alike
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.contents import Contents
         >>> import torch
         >>> model = torch.nn.ModuleDict({'experts': torch.nn.ModuleList(torch.nn.Linear(2, n) for n in (3, 4, 3))})
-        >>> alike(model)
+        >>> alike(Contents(model))
         [['experts.0', 'experts.2']]
     """
     found = []
-    for path, module in model.named_modules():
+    for path, module in contents.modules:
         if isinstance(module, nn.ModuleList) and len(module) > 1:
             kinds = {}
             for name, child in module.named_children():

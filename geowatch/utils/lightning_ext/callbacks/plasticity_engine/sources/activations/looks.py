@@ -7,6 +7,7 @@ import weakref
 from ...faults import in_short
 from ...say import warn
 from ...statistics.calls import Call
+from ..contents import Contents
 from ..weights import clean_name
 from .capture import Capture
 from .experts import alike, of_idle_siblings
@@ -79,7 +80,7 @@ class Looks:
             window.hidden = set()
             self.windows.append(window)
 
-    def look(self, model, batch, left=math.inf, is_trained=None):
+    def look(self, model, batch, left=math.inf, contents=Contents):
         """
         Watch the next forward pass, if there is a window that wants more.
 
@@ -87,7 +88,7 @@ class Looks:
             model (torch.nn.Module):
             batch (Any): that comes next
             left (float): how many batches there will be, this one included
-            is_trained (Callable[[str, Parameter], bool] | None): whether an optimizer has it; by default all
+            contents (Callable[[nn.Module], Contents]): gives what the model consists of
         """
         self.look_away()  # where a hook of the model has ended the last batch before its end
         looking = [window for window in self.windows if not window.is_full and self._alive(window)]
@@ -104,9 +105,10 @@ class Looks:
                 window.begin_batch(batch, left)
             # Known before it is opened, so that an interrupt finds it.
             own = weakref.ref(self)
-            self._looking, self._alike = looking, alike(model)
+            self._looking, found = looking, contents(model)
+            self._alike = found.once(alike)
             self._capture = Capture(model, lambda *seen: own()._observe(*seen), lambda *fault: own()._note(*fault),
-                                    is_trained, everything=False, names=self._names, parts=self._parts)
+                                    found, everything=False, names=self._names, parts=self._parts)
             self._capture.__enter__()
 
     def _observe(self, site, *seen):

@@ -92,18 +92,18 @@ class Modules:
     The modules of a model, as a stack of those that run now.
 
     Args:
-        model (nn.Module): whose names they have
+        contents (Contents): of the model, whose names they have
 
     Attributes:
-        named (List[Tuple[str, nn.Module]]): all of them by their paths
         path (str): of the innermost that runs, or ''
         inside (int): registered activation modules that run now
 
     Example:
         >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.modules import Modules
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.contents import Contents
         >>> import torch
         >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Sequential(torch.nn.ReLU()))
-        >>> modules, paths = Modules(model), []
+        >>> modules, paths = Modules(Contents(model)), []
         >>> for module in model.modules():
         >>>     paths.append(modules.enter(module).path)
         >>> _ = list(modules.leave(model))
@@ -111,14 +111,10 @@ class Modules:
         (['', '0', '1', '1.0'], '')
     """
 
-    def __init__(self, model):
-        self.named = [(clean_name(path), module)
-                      for path, module in model.named_modules(remove_duplicate=False)]
+    def __init__(self, contents):
         self.path = ''
         self.inside = 0
-        self._paths = {}  # id to the path, or paths if it is in several places
-        for path, module in self.named:
-            self._paths.setdefault(id(module), []).append(path)
+        self._paths = contents.once(_paths)
         # id to Running, of those that have run; with the path of the caller where it is in several places
         self._known = {}
         self._stack = []
@@ -211,9 +207,22 @@ class Modules:
 
     def clear(self):
         """ Forget the model. """
-        for table in (self.named, self._paths, self._known, self._stack):
-            table.clear()
-        self.path, self.inside = '', 0
+        self._known.clear()
+        self._stack.clear()
+        self.path, self.inside, self._paths = '', 0, {}
+
+
+def places(contents):
+    """ The modules (List[Tuple[str, nn.Module]]) by their paths; one in several places at each. """
+    return [(clean_name(path), module) for path, module in contents.model.named_modules(remove_duplicate=False)]
+
+
+def _paths(contents):
+    """ Id to the path of a module, or paths if it is in several places. """
+    found = {}
+    for path, module in contents.once(places):
+        found.setdefault(id(module), []).append(path)
+    return found
 
 
 def fused_modules(model):

@@ -9,9 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ..flat import Flattened, parameters_in
+from ..flat import Flattened
 from .axes import SLICES
 from .layers import LAYERS
+from .modules import places
 
 # Functions that look rows or matrices up in a table.
 LOOKUPS = {'__getitem__', 'index_select'}
@@ -53,42 +54,33 @@ class Owners:
     The parameters and buffers of a model.
 
     Args:
-        named (List[Tuple[str, nn.Module]]): modules by their paths
-        is_trained (Callable[[str, Parameter], bool] | None): whether an
-            optimizer has a parameter that requires a gradient; by default all have one
+        contents (Contents): of the model
 
     Attributes:
         known (Dict[int, Owner]): by the id of a tensor
 
     Example:
         >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.owners import Owners
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.contents import Contents
         >>> import torch
         >>> layers = torch.nn.ParameterList([torch.ones(2, 3), torch.ones(3, 2)])
-        >>> owners = Owners([('net', layers)])
+        >>> owners = Owners(Contents(torch.nn.ModuleDict({'net': layers})))
         >>> [owners.known[id(param)].layer for param in layers]
         ['net.0', 'net.1']
     """
 
-    def __init__(self, named, is_trained=None):
-        self.known = {}
-        self._is_trained = is_trained or (lambda name, param: True)
-        self._modules = {}
-        self._parameters = parameters_in(named[0][1]) if named else None
-        self._flat = []  # path, module, name and Flattened of what is another tensor in each forward pass
-        for path, module in named:
-            self._modules.setdefault(path, module)
-            for name, tensor in (*self._parameters(module).items(), *module._buffers.items()):
-                own = getattr(tensor, 'parameter', tensor)
-                if getattr(own, '_fsdp_flattened', False):
-                    self._flat.append((path, module, name, tensor))
-                elif own is not None and id(own) not in self.known:
-                    self.known[id(own)] = self._owner(path, module, name, tensor)
-
-    def _owner(self, path, module, name, tensor):
-        is_param = isinstance(tensor, (nn.Parameter, Flattened))
-        is_trained = is_param and tensor.requires_grad and self._is_trained(f'{path}.{name}' if path else name, tensor)
-        return Owner(layer_of(path, module, name), (is_param and tensor.ndim > 1, is_trained, tensor.ndim),
-                     not is_param)
+    def __init__(self, contents):
+        self._contents = contents
+        known, self._flat, layers = contents.once(_table)
+        self.known = dict(known)
+        for path, module in contents.once(places):
+            for name, tensor in module._buffers.items():  # which may be others at each step
+                if tensor is not None and id(tensor) not in self.known:
+                    key = path, name
+                    if key not in layers:
+                        layers[key] = layer_of(path, module, name)
+                    self.known[id(tensor)] = Owner(layers[key], (False, False, tensor.ndim), True) if type(
+                        tensor) is torch.Tensor else _owner(contents, path, module, name, tensor)
 
     @property
     def are_flat(self):
@@ -108,19 +100,20 @@ class Owners:
         """
         for flat_path, module, name, param in self._flat:
             if getattr(module, name, None) is tensor:
-                return self._owner(flat_path, module, name, param)
+                return _owner(self._contents, flat_path, module, name, param)
         if not isinstance(tensor, nn.Parameter) or getattr(tensor, '_is_flat_param', False):
             return None
-        module = self._modules.get(path)
+        module = self._contents.once(_by_path).get(path)
         for name, own in module._parameters.items() if module is not None else ():
             if own is tensor:
-                return self._owner(path, module, name, tensor)
+                return _owner(self._contents, path, module, name, tensor)
         return Owner(path, (tensor.ndim > 1, tensor.requires_grad, tensor.ndim), False)
 
     def is_trained(self, path, module):
         """ Whether any weight (not a bias) of a module is trained. """
-        return any(self._owner(path, module, f'{part}.{name}' if part else name, param).is_trained
-                   for part, own in module.named_modules() for name, param in self._parameters(own).items())
+        return any(_owner(self._contents, path, module, f'{part}.{name}' if part else name, param).is_trained
+                   for part, own in module.named_modules()
+                   for name, param in self._contents.parameters.get(own, {}).items())
 
     def made(self, name, inputs, owners, weight, outputs):
         """
@@ -150,7 +143,36 @@ class Owners:
     def clear(self):
         """ Forget the model. """
         self.known.clear()
-        self._modules.clear()
+        self._flat, self._contents = [], None
+
+
+def _table(contents):
+    """
+    The Owner of each parameter by its id; path, module, name and Flattened of
+    what is another tensor in each forward pass; layers of buffers, once they have been asked for.
+    """
+    known, flat = {}, []
+    for path, module in contents.once(places):
+        for name, tensor in contents.parameters[module].items():
+            own = getattr(tensor, 'parameter', tensor)
+            if getattr(own, '_fsdp_flattened', False):
+                flat.append((path, module, name, tensor))
+            elif id(own) not in known:
+                known[id(own)] = _owner(contents, path, module, name, tensor)
+    return known, flat, {}
+
+
+def _by_path(contents):
+    """ Path to module. """
+    return dict(reversed(contents.once(places)))
+
+
+def _owner(contents, path, module, name, tensor):
+    """ That of a parameter, or of another tensor in the place of one. """
+    is_param = isinstance(tensor, (nn.Parameter, Flattened))
+    is_trained = is_param and tensor.requires_grad and (
+        contents.is_trained is None or contents.is_trained(f'{path}.{name}' if path else name, tensor))
+    return Owner(layer_of(path, module, name), (is_param and tensor.ndim > 1, is_trained, tensor.ndim), not is_param)
 
 
 def layer_of(path: str, module: nn.Module, name: str) -> str:

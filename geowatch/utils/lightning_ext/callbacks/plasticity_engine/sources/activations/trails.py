@@ -91,10 +91,8 @@ class Trails:
     Follows tensors from layers through all that is done with them, without keeping any alive.
 
     Args:
-        named (List[Tuple[str, nn.Module]]): modules by their paths, whose
-            parameters and buffers are known by their layer
-        is_trained (Callable[[str, Parameter], bool] | None): whether an
-            optimizer has a parameter that requires a gradient; by default all have one
+        contents (Contents): of the model, whose parameters and buffers are
+            known by their layer
         unseen (Dict[str, str] | None): module path to the reason why
             something in it is not seen, to which is added
 
@@ -103,9 +101,10 @@ class Trails:
 
     Example:
         >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.trails import Trails
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.contents import Contents
         >>> import torch
         >>> layer = torch.nn.Linear(3, 4)
-        >>> trails, x = Trails([('fc', layer)]), torch.ones(2, 3)
+        >>> trails, x = Trails(Contents(torch.nn.ModuleDict({'fc': layer}))), torch.ones(2, 3)
         >>> y = layer(x)
         >>> trails.follow('linear', (x, layer.weight, layer.bias), {}, [y], 'fc')
         True
@@ -114,10 +113,10 @@ class Trails:
         ('fc', (Part(axis=1, size=4, step=1),), True)
     """
 
-    def __init__(self, named, is_trained=None, unseen=None):
+    def __init__(self, contents, unseen=None):
         self.confirmed = set()
         self._unseen = {} if unseen is None else unseen
-        self._owners = Owners(named, is_trained)
+        self._owners = Owners(contents)
         self._are_flat = self._owners.are_flat
         self._known = {}      # id of a tensor to _Known
         self._masks = {}      # id of a comparison with zero to itself, the trail of what it compares, and which way

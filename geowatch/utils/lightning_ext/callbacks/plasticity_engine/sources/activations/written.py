@@ -58,9 +58,10 @@ def as_written(name: str, args: tuple, kwargs: dict, trails):
     Example:
         >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.trails import Trails
         >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.written import as_written
+        >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.contents import Contents
         >>> import torch
-        >>> x = torch.ones(2)
-        >>> as_written('clamp', (x,), {'min': 0}, Trails([])), as_written('clamp', (x, -1, 1), {}, Trails([]))
+        >>> trails, x = Trails(Contents(torch.nn.Identity())), torch.ones(2)
+        >>> as_written('clamp', (x,), {'min': 0}, trails), as_written('clamp', (x, -1, 1), {}, trails)
         (('relu', (0.0,), ()), None)
     """
     try:
