@@ -82,18 +82,23 @@ def test_what_unfreezes_joins(tmp_path):
     assert [list(line['layers']) for line in lines] == [['net.3'], ['net.1', 'net.3']]
 
 
-def test_the_value_is_of_what_trains_only(tmp_path):
-    """ A teacher with dead units, a loss and an output, beside features whose rank is known. """
+@pytest.mark.parametrize('is_part', [True, False])
+def test_the_value_is_of_what_trains_only(tmp_path, is_part):
+    """
+    A teacher with dead units, a loss and an output, beside features whose rank is known. Where the teacher is frozen
+    it is a part of the model, else nobody but the step knows of it.
+    """
     class Distilled(Wrapped):
         def __init__(self, net):
             super().__init__(net)
-            self.teacher = copy.deepcopy(net).requires_grad_(False)
+            teacher = copy.deepcopy(net)
             with torch.no_grad():
-                self.teacher[0].bias[:] = -100
+                teacher[0].bias[:] = -100
+            self.teachers = nn.ModuleList([teacher]).requires_grad_(False) if is_part else [teacher]
 
         def loss(self, batch):
             with torch.no_grad():
-                soft = self.teacher(batch).sigmoid()
+                soft = self.teachers[0](batch).sigmoid()
             return F.relu(1 + (torch.sigmoid(self(batch)) - soft)).mean() * 0
 
     net = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 1))

@@ -103,11 +103,13 @@ class Owners:
                 return _owner(self._contents, flat_path, module, name, param)
         if not isinstance(tensor, nn.Parameter) or getattr(tensor, '_is_flat_param', False):
             return None
-        module = self._contents.once(_by_path).get(path)
-        for name, own in module._parameters.items() if module is not None else ():
-            if own is tensor:
-                return _owner(self._contents, path, module, name, tensor)
-        return Owner(path, (tensor.ndim > 1, tensor.requires_grad, tensor.ndim), False)
+        by_path = self._contents.once(_by_path)
+        for at in (path, *by_path):  # most are of the module that runs
+            for name, own in by_path[at]._parameters.items() if at in by_path else ():
+                if own is tensor:
+                    return _owner(self._contents, at, by_path[at], name, tensor)
+        # Of a network that the model does not hold.
+        return Owner(path, (tensor.ndim > 1, _is_trained(self._contents, path, tensor), tensor.ndim), False)
 
     def is_trained(self, path, module):
         """ Whether any weight (not a bias) of a module is trained. """
@@ -170,9 +172,12 @@ def _by_path(contents):
 def _owner(contents, path, module, name, tensor):
     """ That of a parameter, or of another tensor in the place of one. """
     is_param = isinstance(tensor, (nn.Parameter, Flattened))
-    is_trained = is_param and tensor.requires_grad and (
-        contents.is_trained is None or contents.is_trained(f'{path}.{name}' if path else name, tensor))
+    is_trained = is_param and _is_trained(contents, f'{path}.{name}' if path else name, tensor)
     return Owner(layer_of(path, module, name), (is_param and tensor.ndim > 1, is_trained, tensor.ndim), not is_param)
+
+
+def _is_trained(contents, name, param):
+    return param.requires_grad and (contents.is_trained is None or contents.is_trained(name, param))
 
 
 def layer_of(path: str, module: nn.Module, name: str) -> str:
