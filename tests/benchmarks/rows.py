@@ -241,7 +241,7 @@ def registry():
     weights = weights_of(net)
     grads = {name: torch.randn_like(weight) for name, weight in weights.items()}
     found = {'paper': [], 'all': []}
-    for _ in range(5):
+    for _ in range(3):
         for group, times in found.items():
             start = time.process_time()
             for source, tensors in (('weights', weights), ('gradients', grads)):

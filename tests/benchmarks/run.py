@@ -84,18 +84,9 @@ def work(python, kind, name, out, threads, timeout=3600):
     return {'error': (done.stderr.strip().splitlines() or ['no result'])[-1][:200]}
 
 
-def steps(python, out, threads, rounds):
-    """ Each tool in a process of its own, one after the other, several times: the median of the rounds. """
-    found = {tool: [] for tool in TOOLS}
-    for _ in range(rounds):
-        for tool in TOOLS:
-            found[tool].append(work(python, 'tool', tool, out, threads))
-    return {tool: _median_round(rounds) for tool, rounds in found.items()}
-
-
-def _median_round(rounds):
-    good = sorted((r for r in rounds if 'error' not in r), key=lambda r: r['more'] / r['without'])
-    return {**good[len(good) // 2], 'rounds': len(good)} if good else rounds[0]
+def steps(python, out, threads):
+    """ Each tool in a process of its own, one after the other. """
+    return {tool: work(python, 'tool', tool, out, threads) for tool in TOOLS}
 
 
 def main():
@@ -105,7 +96,6 @@ def main():
     parser.add_argument('--rows', default=','.join(ROWS), help='names of rows, separated by commas')
     parser.add_argument('--pages', type=Path, nargs='*', default=(), help='Markdown files whose tables are replaced')
     parser.add_argument('--threads', type=int, default=1, help='of torch')
-    parser.add_argument('--rounds', type=int, default=3, help='of the tools that watch a step')
     args = parser.parse_args()
     rows = args.rows.split(',') if args.rows else []
     if unknown := set(rows) - set(ROWS):
@@ -113,7 +103,7 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)
     out = args.out.resolve()
     fpath = out / 'results.json'
-    results = json.loads(fpath.read_text()) if fpath.exists() else {'machines': {}}
+    results = {'machines': {}, **(json.loads(fpath.read_text()) if fpath.exists() else {})}
     if rows:
         python, failed = make_environment((args.env or args.out / 'env').resolve())
         machine = {'processor': _processor(), 'cores': os.cpu_count(), 'threads': args.threads,
@@ -121,17 +111,18 @@ def main():
                    'versions': versions(python, ('torch', 'torchvision', 'pytorch-lightning', 'geowatch', *RIVALS))}
     for row in rows:
         start = time.perf_counter()
-        results[row] = (steps(python, out, args.threads, args.rounds) if row == 'steps'
+        results[row] = (steps(python, out, args.threads) if row == 'steps'
                         else work(python, 'row', row, out, args.threads))
         results['machines'][row] = machine
         fpath.write_text(json.dumps(results, indent=1))
         print(f'{row} took {time.perf_counter() - start:.0f} s', flush=True)
     from table import draw, replace, short, table
-    (out / 'table.md').write_text(f'{short(results)}\n{table(results)}')
+    tables = {'table': table(results), **({'short table': short(results)} if 'steps' in results else {})}
+    (out / 'table.md').write_text('\n'.join(reversed(tables.values())))
     if 'error' not in results.get('growth', {'error': ''}):
         draw(results['growth'], out / 'cost_growth.png')
     for page in args.pages:
-        page.write_text(replace(page.read_text(), {'short table': short(results), 'table': table(results)}))
+        page.write_text(replace(page.read_text(), tables))
         picture = page.parent / 'images' / 'cost_growth.png'
         if picture.exists() and (out / picture.name).exists():
             shutil.copy(out / picture.name, picture)

@@ -20,9 +20,9 @@ TARGETS = {
 }
 THREE, PAPER, ALL = (f'ours: {which}' for which in ('weight_mag, grad_mag, dead_units', 'those of the paper', 'all'))
 # How the numbers of a logged step come about.
-STEPS = ('A tool watches every second of 46 steps. What one costs is the median of its differences to the mean of the '
-         'two steps beside it, over the median of those that are not watched; of three rounds in turn, each in a '
-         'process of its own, the one in the middle.')
+STEPS = ('A tool watches every second of 106 steps, in a process of its own. What one costs is the median of its '
+         'differences to the mean of the two steps beside it, over the median of those that are not watched; it '
+         'differs by one or two percentage points from run to run.')
 
 
 def table(results):
@@ -119,16 +119,14 @@ def table(results):
     said = {}
     for row, machine in results['machines'].items():
         said.setdefault(_text_of(machine), []).append(row)
-    lines += ['', STEPS, '']
+    lines += ['', *([STEPS, ''] if 'steps' in results else [])]
     lines += [text if len(said) == 1 else f'{", ".join(rows)}: {text}' for text, rows in said.items()]
     return '\n'.join([*lines, ''])
 
 
 def short(results):
-    """ The tools that watch a step side by side, if they have been measured: Markdown. """
-    tools = results.get('steps')
-    if tools is None:
-        return ''
+    """ The tools that watch a step, side by side, of the same results: Markdown. """
+    tools = results['steps']
     others = {name: own for name, own in tools.items() if not name.startswith('ours')}
     rows = (['', 'ours', *others], ['---'] * (2 + len(others)),
             ['tensors read by Python on a logged step', *map(_reads, (tools[PAPER], *others.values()))],

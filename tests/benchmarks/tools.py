@@ -258,7 +258,7 @@ TOOLS = {
 }
 
 
-def watched_steps(name, steps=46):
+def watched_steps(name, steps=106):
     """
     Each watched step is compared with the mean of the two beside it, so that a slow minute of the machine is in both.
 
