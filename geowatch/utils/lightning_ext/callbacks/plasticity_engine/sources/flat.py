@@ -182,6 +182,9 @@ def _of_fsdp(handle):
 def _gradient_of_fsdp(handle, param, own):
     """ One of its buffer for all: FSDP1 takes zeros for what has no gradient beside others that have. """
     flat, gradient = handle.flat_param, handle.sharded_grad
+    if gradient is not None and gradient.numel() != flat._sharded_size.numel():
+        raise RuntimeError('FSDP1 keeps the gradients of micro-batches whole until the last one, so that no process '
+                           'has its part of the sum before')
     if gradient is None or param is flat:
         return None if gradient is None else gradient[own]
     here = [other for other, info in zip(flat._params, flat._shard_param_infos, strict=True) if info.in_shard]
