@@ -578,6 +578,8 @@ class Mixed(torch.nn.Module):
         self.experts = torch.nn.Parameter(torch.randn(3, 4, 5))
         self.wide = torch.nn.Linear(5, 7)
         self.tall = torch.nn.Linear(7, 3)
+        self.tied = torch.nn.Linear(7, 3, bias=False)
+        self.tied.weight = self.tall.weight
         if is_made:
             torch.nn.utils.parametrizations.weight_norm(self.wide)
             torch.nn.utils.prune.l1_unstructured(self.tall, 'weight', 0.3)
@@ -590,9 +592,11 @@ class Mixed(torch.nn.Module):
 def statistics_of(model):
     """ All additive statistics of the weights and gradients of a model, on this process. """
     from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.contents import Contents
-    from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.weights import weights_of
+    from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.weights import walk, weights_of
     from geowatch.utils.lightning_ext.callbacks.plasticity_engine.statistics.tensors import functions_of
-    weights, found = weights_of(Contents(model)), {}
+    contents = Contents(model)
+    assert not [layer for layer, _, why in walk(contents) if why and 'no trainer knows' in why]
+    weights, found = weights_of(contents), {}
     for source, own in (('weights', weights), ('gradients', {layer: w.grad for layer, w in weights.items()})):
         for function, fields in functions_of(['count', 'abs', 'squares', 'nonfinite', 'gram']).items():
             found.update({(source, field): x for field, x in function(own, fields).items()})

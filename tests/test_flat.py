@@ -48,6 +48,14 @@ def test_fsdp1_is_like_one_process(tmp_path, one, strategy, count, how):
     assert 'Not watched' not in ''.join(ran.said)
 
 
+def test_micro_batches_under_fsdp1(tmp_path):
+    """ Their gradients are no parts yet, of which pieces would be wrong numbers: said, and the others go on. """
+    ran = Ran(tmp_path, 2, strategy='fsdp1 flat', accumulate=2, epochs=1,
+              monitor={'metrics': 'noise_scale,grad_mag', 'source': 'train'})
+    assert ran.said[0].count('RuntimeError: FSDP1 keeps the gradients of micro-batches whole until the last one') == 1
+    assert not lines_of(ran.lines, 'noise_scale') and len(lines_of(ran.lines, 'grad_mag')) == 3
+
+
 @pytest.mark.parametrize('sharding, keeps, count', [
     ('FULL_SHARD', True, 3), ('FULL_SHARD', False, 3), ('SHARD_GRAD_OP', True, 2), ('NO_SHARD', True, 2),
     ('HYBRID_SHARD', False, 4)])

@@ -55,6 +55,15 @@ def test_weights_take_turns(tmp_path, one_at_a_time, capsys):
     assert said.count('erank: 1 of 3 layers at this measurement') == 1
 
 
+def test_metrics_share_turns(tmp_path, one_at_a_time):
+    """ Where two are due and one knows a layer already, another that neither knows goes first. """
+    _, trainer, _, _ = fit(tmp_path, PlasticityMonitor('erank@1,stable_rank@2', interval=1))
+    erank, stable = (lines_of(read_lines(trainer, start=True), name) for name in ('erank', 'stable_rank'))
+    assert [line['fresh'] for line in erank[:3]] == [['fc1'], ['fc2'], ['head']]
+    assert [line['step'] for line in stable[:3]] == [-1, 1, 3]
+    assert [line['fresh'] for line in stable[:3]] == [['fc1'], ['head'], ['fc2']]
+
+
 @pytest.mark.parametrize('source', ['train', 'validation'])
 def test_features_take_turns(tmp_path, one_at_a_time, source):
     names = ['act', 'relu']

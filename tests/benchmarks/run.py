@@ -1,20 +1,26 @@
 """
 What the monitor costs, beside its rivals: makes an environment, measures, writes a table and a plot.
 
-    python tests/benchmarks/run.py --out DIR [--rows steps,one_read] [--env DIR]
+    python tests/benchmarks/run.py --out DIR [--rows steps,one_read] [--env DIR] [--pages docs/benchmarks.md]
 
 Run it with the Python in which the wheel of this repository is installed, on
-a machine with nothing else to do; it takes about three quarters of an hour. The
+a machine with nothing else to do; it takes about half an hour. The
 environment sees all that this Python sees, and the rivals beside it, so that
 all of them run with the same torch. A rival that cannot be installed or does
 not run is in the table with the reason.
+
+Some rows alone are measured anew by --rows; the others stay as they are in the
+results that DIR has. With --pages the tables in Markdown pages are replaced,
+without measuring anything if --rows is empty.
 """
 import argparse
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -26,14 +32,15 @@ ROWS = ('steps', 'quiet_step', 'one_read', 'erank_resnet', 'erank_wide', 'featur
         'default_run', 'short_run', 'geowatch_run', 'large_models', 'imports', 'growth')
 TOOLS = ('ours: weight_mag, grad_mag, dead_units', 'ours: those of the paper', 'ours: update_ratio',
          'ours: step_alignment', 'ours: noise_scale', 'ours: all', 'ormas-monitor', 'fastai ActivationStats',
-         'Composer ActivationMonitor', 'wandb.watch(log="all")', 'torch-module-monitor', 'Lightning grad_norm')
+         'Composer ActivationMonitor', 'wandb.watch(log="all")', 'torch-module-monitor', 'Lightning grad_norm',
+         'traintools GradientHealthMonitor', 'traintools PlasticityProbe')
 
 
 def make_environment(folder):
     """ An environment that sees all of this one, and the rivals; its Python, and what could not be installed. """
-    python = folder / 'bin' / 'python'
-    failed = {}
-    if not python.exists():
+    python, said = folder / 'bin' / 'python', folder / 'failed.json'
+    if not said.exists():
+        failed = {}
         subprocess.run([sys.executable, '-m', 'venv', folder], check=True)
         packages = next((folder / 'lib').glob('python*')) / 'site-packages'
         packages.joinpath('this.pth').write_text('\n'.join(path for path in sys.path if 'site-packages' in path) + '\n')
@@ -46,7 +53,8 @@ def make_environment(folder):
                 error = install(python, '--no-deps', name) or install(python, '-c', fixed, *ALONE[name])
             if error:
                 failed[name] = error
-    return python, failed
+        said.write_text(json.dumps(failed))
+    return python, json.loads(said.read_text())
 
 
 def install(python, *args):
@@ -76,18 +84,9 @@ def work(python, kind, name, out, threads, timeout=3600):
     return {'error': (done.stderr.strip().splitlines() or ['no result'])[-1][:200]}
 
 
-def steps(python, out, threads, rounds):
-    """ Each tool in a process of its own, one after the other, several times: the median of the rounds. """
-    found = {tool: [] for tool in TOOLS}
-    for _ in range(rounds):
-        for tool in TOOLS:
-            found[tool].append(work(python, 'tool', tool, out, threads))
-    return {tool: _median_round(rounds) for tool, rounds in found.items()}
-
-
-def _median_round(rounds):
-    good = sorted((r for r in rounds if 'error' not in r), key=lambda r: r['with'] / r['without'])
-    return {**good[len(good) // 2], 'rounds': len(good)} if good else rounds[0]
+def steps(python, out, threads):
+    """ Each tool in a process of its own, one after the other. """
+    return {tool: work(python, 'tool', tool, out, threads) for tool in TOOLS}
 
 
 def main():
@@ -95,30 +94,38 @@ def main():
     parser.add_argument('--out', type=Path, required=True, help='folder for table.md, results.json and the plot')
     parser.add_argument('--env', type=Path, help='environment to make, or to use if it is there')
     parser.add_argument('--rows', default=','.join(ROWS), help='names of rows, separated by commas')
+    parser.add_argument('--pages', type=Path, nargs='*', default=(), help='Markdown files whose tables are replaced')
     parser.add_argument('--threads', type=int, default=1, help='of torch')
-    parser.add_argument('--rounds', type=int, default=3, help='of the tools that watch a step')
     args = parser.parse_args()
-    unknown = set(rows := args.rows.split(',')) - set(ROWS)
-    if unknown:
+    rows = args.rows.split(',') if args.rows else []
+    if unknown := set(rows) - set(ROWS):
         parser.error(f'unknown rows {", ".join(sorted(unknown))}; expected any of {", ".join(ROWS)}')
     args.out.mkdir(parents=True, exist_ok=True)
     out = args.out.resolve()
-    python, failed = make_environment((args.env or args.out / 'env').resolve())
     fpath = out / 'results.json'
-    results = json.loads(fpath.read_text()) if fpath.exists() else {}
+    results = {'machines': {}, **(json.loads(fpath.read_text()) if fpath.exists() else {})}
+    if rows:
+        python, failed = make_environment((args.env or args.out / 'env').resolve())
+        machine = {'processor': _processor(), 'cores': os.cpu_count(), 'threads': args.threads,
+                   'python': platform.python_version(), 'could not be installed': failed,
+                   'versions': versions(python, ('torch', 'torchvision', 'pytorch-lightning', 'geowatch', *RIVALS))}
     for row in rows:
-        print(row, flush=True)
-        results[row] = (steps(python, out, args.threads, args.rounds) if row == 'steps'
+        start = time.perf_counter()
+        results[row] = (steps(python, out, args.threads) if row == 'steps'
                         else work(python, 'row', row, out, args.threads))
-        results['machine'] = {
-            'processor': _processor(), 'cores': os.cpu_count(), 'threads': args.threads,
-            'python': platform.python_version(), 'load': os.getloadavg()[0], 'could not be installed': failed,
-            'versions': versions(python, ('torch', 'torchvision', 'pytorch-lightning', 'geowatch', *RIVALS))}
+        results['machines'][row] = machine
         fpath.write_text(json.dumps(results, indent=1))
-    from table import draw, table
-    (out / 'table.md').write_text(table(results))
+        print(f'{row} took {time.perf_counter() - start:.0f} s', flush=True)
+    from table import draw, replace, short, table
+    tables = {'table': table(results), **({'short table': short(results)} if 'steps' in results else {})}
+    (out / 'table.md').write_text('\n'.join(reversed(tables.values())))
     if 'error' not in results.get('growth', {'error': ''}):
         draw(results['growth'], out / 'cost_growth.png')
+    for page in args.pages:
+        page.write_text(replace(page.read_text(), tables))
+        picture = page.parent / 'images' / 'cost_growth.png'
+        if picture.exists() and (out / picture.name).exists():
+            shutil.copy(out / picture.name, picture)
     print((out / 'table.md').read_text())
 
 

@@ -1,6 +1,7 @@
 """
-The results as a table in Markdown, and as a plot.
+The results as tables in Markdown, and as a plot.
 """
+import re
 
 TARGETS = {
     'reads': 'at most 1 from a device',
@@ -17,6 +18,11 @@ TARGETS = {
     'turns': '< 3 s',
     'import': '< 50 ms',
 }
+THREE, PAPER, ALL = (f'ours: {which}' for which in ('weight_mag, grad_mag, dead_units', 'those of the paper', 'all'))
+# How the numbers of a logged step come about.
+STEPS = ('A tool watches every second of 106 steps, in a process of its own. What one costs is the median of its '
+         'differences to the mean of the two steps beside it, over the median of those that are not watched; it '
+         'differs by one or two percentage points from run to run.')
 
 
 def table(results):
@@ -37,18 +43,16 @@ def table(results):
 
     if 'steps' in results:
         tools = results['steps']
-        three, paper, everything = (f'ours: {which}' for which in (
-            'weight_mag, grad_mag, dead_units', 'those of the paper', 'all'))
         others = {name: own for name, own in tools.items() if not name.startswith('ours')}
-        add('reads of a tensor by Python on a logged step, ResNet-18', 'reads', _reads(tools[everything]),
+        add('reads of a tensor by Python on a logged step with all metrics, ResNet-18', 'reads', _reads(tools[ALL]),
             ', '.join(f'{name} {_reads(own)}' for name, own in others.items()))
         add('CPU time of a logged step with weight_mag, grad_mag, dead_units, ResNet-18, batch of 8, 64 x 64', 'step',
-            _more(tools[three]), ', '.join(f'{name} {_more(own)}' for name, own in others.items()))
-        lines.append(f'| the same with the metrics of the paper | | {_more(tools[paper])} | |')
+            _more(tools[THREE]), ', '.join(f'{name} {_more(own)}' for name, own in others.items()))
+        lines.append(f'| the same with the metrics of the paper | | {_more(tools[PAPER])} | |')
         for name in ('update_ratio', 'step_alignment', 'noise_scale'):
             if f'ours: {name}' in tools:
                 lines.append(f'| the same with {name} | | {_more(tools[f"ours: {name}"])} | |')
-        lines.append(f'| the same with all metrics | | {_more(tools[everything])} | |')
+        lines.append(f'| the same with all metrics | | {_more(tools[ALL])} | |')
     if not failed('quiet_step'):
         add('a step that is not logged: all hooks', 'quiet', f'{results["quiet_step"]["seconds"] * 1e6:.2f} µs')
     if not failed('one_read'):
@@ -88,13 +92,13 @@ def table(results):
             f'{texts.pop("ours")}, of all examples {own["all examples"]["value"]:.0f}',
             ', '.join(f'{name} {text}' for name, text in texts.items()))
     for row, what in (
-            ('default_run', 'default run of ResNet-18, 5 epochs of 50 000 images of 32 x 32, 10 000 of validation'),
+            ('default_run', 'default run of ResNet-18, 2 epochs of 50 000 images of 32 x 32, 10 000 of validation'),
             ('geowatch_run', "default run of geowatch's HeterogeneousModel, 5 epochs of 36 batches, 12 of validation"),
             ('short_run', 'default run of ResNet-18, 5 epochs of 400 images of 64 x 64, 80 of validation')):
         if not failed(row):
             own = results[row]
             add(what, 'run', f'{own["share"]:+.1%}, that is {own["spent in an epoch"]:.2f} CPU-s an epoch',
-                f'{(own["whole"] - own["spent"]) / 5:.0f} CPU-s an epoch without')
+                f'{own["rest of an epoch"]:.0f} CPU-s an epoch without')
     if not failed('large_models'):
         own = results['large_models']
         shapes, small = own['seven_billion'], 'at a fourth of the width: '
@@ -112,13 +116,47 @@ def table(results):
     for row, own in results.items():
         if isinstance(own, dict) and 'error' in own:
             lines.append(f'| {row} | | failed: {own["error"]} | |')
-    machine = results['machine']
-    said = ', '.join(f'{name} {version}' for name, version in machine['versions'].items())
+    said = {}
+    for row, machine in results['machines'].items():
+        said.setdefault(_text_of(machine), []).append(row)
+    lines += ['', *([STEPS, ''] if 'steps' in results else [])]
+    lines += [text if len(said) == 1 else f'{", ".join(rows)}: {text}' for text, rows in said.items()]
+    return '\n'.join([*lines, ''])
+
+
+def short(results):
+    """ The tools that watch a step, side by side, of the same results: Markdown. """
+    tools = results['steps']
+    others = {name: own for name, own in tools.items() if not name.startswith('ours')}
+    rows = (['', 'ours', *others], ['---'] * (2 + len(others)),
+            ['tensors read by Python on a logged step', *map(_reads, (tools[PAPER], *others.values()))],
+            ['CPU time of a logged step', *map(_more, (tools[THREE], *others.values()))])
+    return ''.join(f'| {" | ".join(row)} |\n' for row in rows)
+
+
+def replace(page, tables):
+    """
+    Put tables into a page, each between a comment with its name and one that says end.
+
+    Args:
+        page (str): Markdown
+        tables (Dict[str, str]): by name
+
+    Returns:
+        str: the page
+    """
+    for name, text in tables.items():
+        begin, end = f'<!-- {name} -->\n', '<!-- end -->'
+        page = re.sub(f'{begin}.*?{end}', lambda _, own=f'{begin}\n{text}\n{end}': own, page, flags=re.DOTALL)
+    return page
+
+
+def _text_of(machine):
+    versions = ', '.join(f'{name} {version}' for name, version in machine['versions'].items())
     missing = ''.join(f' {name} could not be installed: {why}.' for name, why in
                       machine['could not be installed'].items())
-    lines += ['', f'{machine["processor"]}, {machine["cores"]} cores, {machine["threads"]} thread of torch, Python '
-                  f'{machine["python"]}; {said}.{missing}', '']
-    return '\n'.join(lines)
+    return (f'{machine["processor"]}, {machine["cores"]} cores, {machine["threads"]} thread of torch, Python '
+            f'{machine["python"]}; {versions}.{missing}')
 
 
 def _reads(own):
@@ -130,7 +168,7 @@ def _noise(own):
 
 
 def _more(own):
-    return own['error'] if 'error' in own else f'{own["with"] / own["without"] - 1:+.0%}'
+    return own['error'] if 'error' in own else f'{own["more"] / own["without"]:+.0%}'
 
 
 def draw(growth, fpath):

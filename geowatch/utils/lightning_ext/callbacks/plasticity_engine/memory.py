@@ -104,10 +104,9 @@ class Memory:
         """ The columns of each layer at its last measurement. """
         return {layer: columns for layer, (_, columns) in self.latest.get(metric.name, {}).items()}
 
-    def last_step(self, metrics: Iterable[Metric], layer: str) -> float:
-        """ The step at which all of some metrics have measured a layer. """
-        return min((self.latest.get(metric.name, {}).get(layer, (-math.inf,))[0] for metric in metrics),
-                   default=-math.inf)
+    def last_step(self, metrics: Iterable[Metric], layer: str) -> list[float]:
+        """ The last step at which each of some metrics has measured a layer, the oldest first. """
+        return sorted(self.latest.get(metric.name, {}).get(layer, (-math.inf,))[0] for metric in metrics)
 
     def state_dict(self) -> dict:
         """ The same as plain values, for a checkpoint. """

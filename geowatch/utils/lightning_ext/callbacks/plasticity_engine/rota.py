@@ -74,7 +74,7 @@ class Rota:
         """
         Args:
             works (Dict[Hashable, float]): of each layer, see :func:`spectral_work`
-            last (Callable[[Hashable], float]): the step at which a layer was last measured
+            last (Callable[[Hashable], Any]): when a layer was last measured, the smallest of all has its turn
 
         Returns:
             List[Hashable]: the layers that are measured now, at least one

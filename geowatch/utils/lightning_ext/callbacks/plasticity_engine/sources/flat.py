@@ -97,7 +97,7 @@ def parameters_in(modules: list[nn.Module]) -> dict[nn.Module, dict[str, nn.Para
         handles = [handle for module in outer.modules() if (handle := vars(module).get('_handle')) is not None
                    and hasattr(handle, 'flat_param')]
         for handle in handles:
-            for module, name, param in _of_fsdp(handle):
+            for (module, name), param in _of_fsdp(handle).items():
                 flat.setdefault(module, {})[name] = param
 
     known, found = {}, {}  # id of a parameter to what stands for it, so that a tied one is one
@@ -182,26 +182,33 @@ def calls_torch(package: str) -> bool:
 # --- FSDP1 -------------------------------------------------------------------
 
 def _of_fsdp(handle):
-    """ Module, name and Flattened of each parameter in a buffer of FSDP1. """
+    """ By module and name, the Flattened of each parameter in a buffer of FSDP1; a tied one has several names. """
     flat, size = handle.flat_param, handle.flat_param._sharded_size.numel()
     rank, count = (handle.rank, handle.world_size) if handle.uses_sharded_strategy else (0, 1)
     ends = itertools.accumulate(flat._numels_with_padding)
     offsets = [end - length for end, length, is_padding in zip(
         ends, flat._numels_with_padding, flat._is_padding_mask, strict=True) if not is_padding]
+    found = {}
     for index, (info, offset) in enumerate(zip(flat._param_infos, offsets, strict=True)):
         place = Place.in_buffer(flat._shapes[index], offset, size, rank, count, handle.process_group,
                                 None if flat._contiguities[index] else tuple(flat._strides[index]))
         first = max(offset - rank * size, 0)
         own = slice(first, first + place.end - place.start)
         param = flat if flat._params is None else flat._params[index]
-        yield info.module, info.param_name, Flattened(
+        found[info.module, info.param_name] = Flattened(
             param, place, lambda own=own: getattr(flat, '_local_shard', flat)[own],
             lambda own=own, param=param: _gradient_of_fsdp(handle, param, own))
+    for info in flat._shared_param_infos:
+        found[info.module, info.param_name] = found[info.prim_module, info.prim_param_name]
+    return found
 
 
 def _gradient_of_fsdp(handle, param, own):
     """ One of its buffer for all: FSDP1 takes zeros for what has no gradient beside others that have. """
     flat, gradient = handle.flat_param, handle.sharded_grad
+    if gradient is not None and gradient.numel() != flat._sharded_size.numel():
+        raise RuntimeError('FSDP1 keeps the gradients of micro-batches whole until the last one, so that no process '
+                           'has its part of the sum before')
     if gradient is None or param is flat:
         return None if gradient is None else gradient[own]
     here = [other for other, info in zip(flat._params, flat._shard_param_infos, strict=True) if info.in_shard]
