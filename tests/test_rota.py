@@ -97,17 +97,19 @@ def test_features_take_turns(tmp_path, one_at_a_time, source):
 def test_a_resumed_run_goes_on_with_the_next(tmp_path, one_at_a_time):
     def run(folder, **kwargs):
         saves = ModelCheckpoint(tmp_path / folder / 'saved', every_n_train_steps=4, save_top_k=-1)
-        trainer = pl.Trainer(default_root_dir=tmp_path / folder, max_epochs=2, accelerator='cpu', callbacks=[
-            PlasticityMonitor('erank', interval=2), saves], enable_progress_bar=False, enable_model_summary=False)
-        trainer.fit(make_net(), DataLoader(make_data(), batch_size=8), **kwargs)
-        return read_lines(trainer)
+        trainer = pl.Trainer(
+            default_root_dir=tmp_path / folder, max_epochs=2, accelerator='cpu', enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[PlasticityMonitor('erank@2,feature_erank@epoch', source='validation'), saves])
+        trainer.fit(make_net(), *[DataLoader(make_data(), batch_size=8)] * 2, **kwargs)
+        return [line for line in read_lines(trainer) if line['step'] > 3]
     uncut = run('a')
     saved = str(tmp_path / 'a/saved/epoch=0-step=4.ckpt')
     assert torch.load(saved, weights_only=True)
     again = run('b', ckpt_path=saved)
-    assert [line['fresh'] for line in again] == [line['fresh'] for line in uncut if line['step'] > 3]
-    assert len({name for line in again for name in line['fresh']}) == 3
-    assert all(len(line['layers']) == 3 for line in again)
+    assert [(line['metric'], line['fresh']) for line in again] == [(line['metric'], line['fresh']) for line in uncut]
+    assert {name for line in again for name in line['fresh']} == {*WEIGHTS, 'act', 'relu'}
+    assert all(len(line['layers']) == (3 if line['metric'] == 'erank' else 2) for line in again)
 
 
 def test_a_moment_begins_once(tmp_path, monkeypatch):

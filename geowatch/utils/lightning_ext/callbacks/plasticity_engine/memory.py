@@ -8,9 +8,12 @@ import numpy as np
 
 from ..plasticity_metrics import Metric
 from .measurement import Numbers
+from .sources.activations.sites import Site
 
 # Of what is summed over recent measurements: at most two blocks of so many, at least one.
 BLOCK = 25
+# Where a checkpoint has what is of no metric.
+_SITES = '/sites'
 
 
 class Memory:
@@ -24,6 +27,7 @@ class Memory:
         before (Dict[str, Numbers]): by metric, the statistics at its last measurement
         latest (Dict[str, Dict[str, Tuple[int, Dict[str, float]]]]): by metric and layer, the step of its last
             measurement and what came of it; of metrics whose layers may take turns
+        sites (List[Site]): hidden layers that were seen last
         skipped (Dict[str, int]): by metric, measurements that fell on a step which a GradScaler has skipped
 
     Example:
@@ -39,11 +43,14 @@ class Memory:
     """
 
     def __init__(self, saved=None):
-        self.before, self.latest, self.skipped = {}, {}, {}
+        self.before, self.latest, self.skipped, self.sites = {}, {}, {}, []
         self._counts = {}  # metric to measurements in its newer block
         self._blocks = {}  # metric to its older and its newer block
         for name, own in saved.items() if isinstance(saved, dict) else ():
             try:
+                if name == _SITES:
+                    self.sites = [Site(*values) for values in own]
+                    continue
                 before, blocks = (_read(own['before']), [_read(block) for block in own['recent']])
                 count, skipped = int(own['count']), int(own['skipped'])
                 latest = {layer: (int(step), {key: float(x) for key, x in columns.items()})
@@ -110,11 +117,13 @@ class Memory:
 
     def state_dict(self) -> dict:
         """ The same as plain values, for a checkpoint. """
-        return {name: {'before': _plain(self.before.get(name, {})),
-                       'recent': [_plain(block) for block in self._blocks.get(name, ())],
-                       'count': self._counts.get(name, 0), 'skipped': self.skipped.get(name, 0),
-                       'latest': {layer: list(own) for layer, own in self.latest.get(name, {}).items()}}
-                for name in {**self.before, **self._blocks, **self.latest, **self.skipped}}
+        own = {name: {'before': _plain(self.before.get(name, {})),
+                      'recent': [_plain(block) for block in self._blocks.get(name, ())],
+                      'count': self._counts.get(name, 0), 'skipped': self.skipped.get(name, 0),
+                      'latest': {layer: list(own) for layer, own in self.latest.get(name, {}).items()}}
+               for name in {**self.before, **self._blocks, **self.latest, **self.skipped}}
+        sites = [list(vars(site).values()) for site in self.sites]
+        return {**own, **({_SITES: sites} if sites else {})}
 
 
 def _plain(tables):

@@ -47,7 +47,6 @@ class Publisher:
         self._known_words = set(BUILT_IN)
         self._shared = None  # numbers of the budget that all processes know
         self._rota = Rota(fit.budget.share, fit.trainer.strategy.root_device)
-        self._sites = []     # hidden layers that were seen last
         self._in_turns = set()  # metrics of which it is said that layers take turns
         self._waiting = set()   # metrics of which it is said that they wait
 
@@ -161,7 +160,7 @@ class Publisher:
         if reading.window is not None:
             self._fit.looks.close(reading.window)
             self._fit.say_unseen()
-            self._sites = list(reading.parts.get(('activations', 'samples'), {}))
+            self.memory.sites = list(reading.parts.get(('activations', 'samples'), {}))
             self._rota.also(sum(spectral_work(own.shape[0], rows=0)
                                 for own in reading.parts.get(('activations', 'gram'), {}).values()))
             return
@@ -206,7 +205,7 @@ class Publisher:
                 what it has said
         """
         metrics = [self._fit.metrics[name] for name in names if takes_turns(self._fit.metrics[name])]
-        rows, names = max(self._fit.settings.samples, 1), site_names(self._sites if metrics else [])
+        rows, names = max(self._fit.settings.samples, 1), site_names(self.memory.sites if metrics else [])
         choice = self._rota.choice(
             {site: spectral_work(size, max(rows, 8 * size)) for site in names
              for size in [min(site.units, MAX_UNITS)]},
