@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 from geowatch.utils.lightning_ext.callbacks.plasticity import PlasticityMonitor
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.measurement import additive_keys, derive, needed_keys
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources import STEP_SOURCES
-from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations import capture
+from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations import capture, readable
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.sites import Site
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.window import Window
 from geowatch.utils.lightning_ext.callbacks.plasticity_engine.statistics import rows, spectrum, sums
@@ -361,8 +361,8 @@ def test_a_network_on_two_devices():
 
 
 def test_a_look_never_waits(monkeypatch):
-    monkeypatch.setattr(capture, '_is_fake', lambda x: False)
-    monkeypatch.setattr(capture, '_unseen', contextlib.nullcontext)
+    monkeypatch.setattr(readable, '_is_fake', lambda x: False)
+    monkeypatch.setattr(capture, 'unseen_by_others', contextlib.nullcontext)
     with elsewhere() as crossings:
         with torch.device('cuda'):
             net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.SiLU(), nn.Flatten(),

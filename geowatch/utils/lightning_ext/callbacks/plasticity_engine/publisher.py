@@ -160,7 +160,8 @@ class Publisher:
         if reading.window is not None:
             self._fit.looks.close(reading.window)
             self._fit.say_unseen()
-            self.memory.sites = list(reading.parts.get(('activations', 'samples'), {}))
+            if any(takes_turns(self._fit.metrics[name]) for name in reading.metrics):
+                self.memory.sites = list(reading.parts.get(('activations', 'samples'), {}))
             self._rota.also(sum(spectral_work(own.shape[0], rows=0)
                                 for own in reading.parts.get(('activations', 'gram'), {}).values()))
             return

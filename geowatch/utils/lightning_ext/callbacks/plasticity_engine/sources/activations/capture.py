@@ -101,7 +101,7 @@ class Capture:
         self.seconds = 0.
         self._modules = self._trails = None
         self._sites = {}
-        self._last = {}  # path of a module that runs to sites that are hidden layers if it returns what comes of them
+        self._last = {}  # path of a module that runs to sites in it that are hidden layers also if none follows
         self._suspended = None  # the module that runs without us
         self._at_work = False
         self._broken = False
@@ -322,12 +322,12 @@ class Capture:
                         self._look(site, *units_last(one, own), values, above)
 
     def _keep_features(self, sites, output):
-        """ What a part of the network returns counts also if no layer follows; what became of it a loss does not. """
+        """ What a part of the network makes counts also if no layer follows, unless it has become a loss in there. """
         returned = tensors_in([output] if isinstance(output, (*_RETURNED, dict)) else getattr(
             output, '__dict__', {}).values())
-        for trail in filter(None, map(self._trails.get, returned)):
-            if trail.place:
-                self.hidden.update(trail.pending.intersection(sites))
+        trails = [trail for trail in map(self._trails.get, returned) if trail is not None and trail.place]
+        lost = self._trails.lost.difference(*(trail.pending for trail in trails))
+        self.hidden.update(site for site in sites if site not in lost)
 
     def _site(self, path, name, layer, nth, units, shards=None):
         key = path, name, layer, nth, units, shards

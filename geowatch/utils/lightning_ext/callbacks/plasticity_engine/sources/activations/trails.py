@@ -98,6 +98,7 @@ class Trails:
 
     Attributes:
         confirmed (Set[Site]): activations with a trained layer before and after them
+        lost (Set[Site]): those of which something came that has no units any more, as a loss
 
     Example:
         >>> from geowatch.utils.lightning_ext.callbacks.plasticity_engine.sources.activations.trails import Trails
@@ -115,6 +116,7 @@ class Trails:
 
     def __init__(self, contents, unseen=None):
         self.confirmed = set()
+        self.lost = set()
         self._unseen = {} if unseen is None else unseen
         self._owners = Owners(contents)
         self._are_flat = self._owners.are_flat
@@ -245,6 +247,8 @@ class Trails:
             extent = root = next(self._order)
         elif x.shape != source.shape:
             root = next(self._order)
+        if not place and before and pending:
+            self.lost |= pending
         if root is not None:
             old_root, acts = root, ()
         elif place is before and pending is trail.pending and is_trained is trail.is_trained:
