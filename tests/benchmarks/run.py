@@ -23,6 +23,8 @@ import sys
 import time
 from pathlib import Path
 
+from table import SINGLE, draw, replace, short, table
+
 HERE = Path(__file__).parent
 RIVALS = ('ormas-monitor', 'fastai', 'wandb', 'torch-module-monitor', 'weightwatcher', 'mosaicml',
           'traintools', 'gns-pytorch')
@@ -30,10 +32,10 @@ RIVALS = ('ormas-monitor', 'fastai', 'wandb', 'torch-module-monitor', 'weightwat
 ALONE = {'mosaicml': ('coolname', 'py-cpuinfo', 'mosaicml-cli', 'tabulate', 'torch_optimizer')}
 ROWS = ('steps', 'quiet_step', 'one_read', 'erank_resnet', 'erank_wide', 'feature_erank', 'registry', 'noise_scales',
         'default_run', 'short_run', 'geowatch_run', 'large_models', 'imports', 'growth')
-TOOLS = ('ours: weight_mag, grad_mag, dead_units', 'ours: those of the paper', 'ours: update_ratio',
-         'ours: step_alignment', 'ours: noise_scale', 'ours: all', 'ormas-monitor', 'fastai ActivationStats',
-         'Composer ActivationMonitor', 'wandb.watch(log="all")', 'torch-module-monitor', 'Lightning grad_norm',
-         'traintools GradientHealthMonitor', 'traintools PlasticityProbe')
+TOOLS = ('ours: weight_mag, grad_mag, dead_units', 'ours: those of the paper', *(f'ours: {name}' for name in SINGLE),
+         'ours: all', 'ormas-monitor', 'fastai ActivationStats', 'Composer ActivationMonitor', 'wandb.watch(log="all")',
+         'torch-module-monitor', 'Lightning grad_norm', 'traintools GradientHealthMonitor',
+         'traintools PlasticityProbe')
 
 
 # Of glibc: what is freed is kept. To give it back and get it again takes a step 4000 to 16 000 page faults, as chance
@@ -121,7 +123,6 @@ def main():
         results['machines'][row] = machine
         fpath.write_text(json.dumps(results, indent=1))
         print(f'{row} took {time.perf_counter() - start:.0f} s', flush=True)
-    from table import draw, replace, short, table
     tables = {'table': table(results), **({'short table': short(results)} if 'steps' in results else {})}
     (out / 'table.md').write_text('\n'.join(reversed(tables.values())))
     if 'error' not in results.get('growth', {'error': ''}):

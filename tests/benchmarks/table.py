@@ -20,6 +20,9 @@ TARGETS = {
     'import': '< 50 ms',
 }
 THREE, PAPER, ALL = (f'ours: {which}' for which in ('weight_mag, grad_mag, dead_units', 'those of the paper', 'all'))
+# Metrics that are measured alone, too, and the rival that tells the same or the like.
+SINGLE = {'weight_mag': None, 'grad_norm': 'Lightning grad_norm', 'dead_units': 'fastai ActivationStats',
+          'update_ratio': None, 'step_alignment': None, 'noise_scale': None}
 # How the numbers of a logged step come about.
 STEPS = ('A tool watches every second of 106 steps, in a process of its own. What one costs is the median of its '
          'differences to the mean of the two steps beside it, over the median of those that are not watched; it '
@@ -51,9 +54,10 @@ def table(results):
         add('CPU time of a logged step with weight_mag, grad_mag, dead_units, ResNet-18, batch of 8, 64 x 64', 'step',
             _more(tools[THREE]), ', '.join(f'{name} {_more(own)}' for name, own in others.items()))
         lines.append(f'| the same with the metrics of the paper | | {_more(tools[PAPER])} | |')
-        for name in ('update_ratio', 'step_alignment', 'noise_scale'):
+        for name, rival in SINGLE.items():
             if f'ours: {name}' in tools:
-                lines.append(f'| the same with {name} | | {_more(tools[f"ours: {name}"])} | |')
+                beside = f'{rival} {_more(tools[rival])}' if rival in tools else ''
+                lines.append(f'| the same with {name} alone | | {_more(tools[f"ours: {name}"])} | {beside} |')
         lines.append(f'| the same with all metrics | | {_more(tools[ALL])} | |')
     if not failed('quiet_step'):
         add('a step that is not logged: all hooks', 'quiet', f'{results["quiet_step"]["seconds"] * 1e6:.2f} µs')
@@ -94,7 +98,7 @@ def table(results):
             f'{texts.pop("ours")}, of all examples {own["all examples"]["value"]:.0f}',
             ', '.join(f'{name} {text}' for name, text in texts.items()))
     for row, what in (
-            ('default_run', 'default run of ResNet-18, 2 epochs of 50 000 images of 32 x 32, 10 000 of validation'),
+            ('default_run', 'default run of ResNet-18, 4 epochs of 50 000 images of 32 x 32, 10 000 of validation'),
             ('geowatch_run', "default run of geowatch's HeterogeneousModel, 5 epochs of 36 batches, 12 of validation"),
             ('short_run', 'default run of ResNet-18, 5 epochs of 400 images of 64 x 64, 80 of validation')):
         if not failed(row):

@@ -9,6 +9,7 @@ import warnings
 from collections import Counter
 
 import torch
+from table import SINGLE
 
 BATCH, SIZE = 8, 64
 READS = ('item', 'tolist', 'cpu', 'numpy', '__float__', '__bool__', '__int__', '__index__')
@@ -101,7 +102,7 @@ def ours_paper(batches):
     ours(batches, 'paper')
 
 
-def ours_tuning(name):
+def ours_alone(name):
     def run(batches):
         ours(batches, f'{name}@2')
     return run
@@ -249,7 +250,7 @@ def composer(batches):
 
 TOOLS = {
     'ours: weight_mag, grad_mag, dead_units': ours, 'ours: those of the paper': ours_paper,
-    **{f'ours: {name}': ours_tuning(name) for name in ('update_ratio', 'step_alignment', 'noise_scale')},
+    **{f'ours: {name}': ours_alone(name) for name in SINGLE},
     'ours: all': ours_all, 'ormas-monitor': ormas, 'fastai ActivationStats': fastai,
     'Composer ActivationMonitor': composer,
     'wandb.watch(log="all")': wandb_watch, 'torch-module-monitor': module_monitor,
