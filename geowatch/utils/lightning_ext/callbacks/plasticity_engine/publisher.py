@@ -33,16 +33,15 @@ class Publisher:
 
     Args:
         fit (Fit): whose metrics, agenda, windows, faults, processes, sinks and budget it uses
-        memory (Any): what a checkpoint holds of the last measurements, see :class:`.memory.Memory`
 
     Attributes:
         measured (Set[str]): metrics that have a line, that of the untrained network left out
-        memory (Memory): what is known of the last measurements
+        memory (Memory): what is known of the last measurements, also of a run that goes on from a checkpoint
     """
 
-    def __init__(self, fit, memory=None):
+    def __init__(self, fit):
         self.measured = set()
-        self.memory = Memory(memory)
+        self.memory = Memory()
         self._fit = fit
         self._known_words = set(BUILT_IN)
         self._shared = None  # numbers of the budget that all processes know

@@ -3,9 +3,9 @@ On which axes of a tensor the units of a layer are.
 
 They start where the layer puts them (``layers.py``) and are followed through
 whatever comes before the activation: norms, dropout, sums, permutations,
-reshapes (``moves.py``). A reshape may spread them over several axes, as the heads of
-attention, or put them on one axis with something else, as channels and
-examples: each piece is a :class:`Part`, and all of them together tell the
+reshapes (``moves.py``). A reshape may spread them over several axes, as the
+heads of attention, or put them on one axis with something else, as channels
+and examples: each piece is a :class:`Part`, and all of them together tell the
 units apart. So the number of units is that of the layer, whatever happens to
 its output.
 

@@ -106,8 +106,9 @@ class Capture:
         self._at_work = False
         self._broken = False
         self._mode = _Mode(self)
-        self._opening = Opening(self._mode, Hooks(*(_weakly(self, method) for method in (
-            Capture._entering, Capture._leaving))), Conversions(_weakly(self, Capture._converted)))
+        self._opening = Opening(
+            self._mode, Hooks(_weakly(self, Capture._entering), _weakly(self, Capture._leaving)),
+            Conversions(_weakly(self, Capture._converted)))
         # Private names of torch: where one is missing, no capture opens, and nothing else is lost.
         self._graph_task = torch._C._current_graph_task_id
         self._functorch_level = torch._C._functorch.peek_interpreter_stack
@@ -323,8 +324,7 @@ class Capture:
 
     def _keep_features(self, sites, output):
         """ What a part of the network makes counts also if no layer follows, unless it has become a loss in there. """
-        returned = tensors_in([output] if isinstance(output, (*_RETURNED, dict)) else getattr(
-            output, '__dict__', {}).values())
+        returned = tensors_in([output, getattr(output, '__dict__', None)])  # which may be an object of the user's
         trails = [trail for trail in map(self._trails.get, returned) if trail is not None and trail.place]
         lost = self._trails.lost.difference(*(trail.pending for trail in trails))
         self.hidden.update(site for site in sites if site not in lost)

@@ -51,7 +51,7 @@ def of_one_group(name: str, args: tuple, kwargs: dict, inputs: list, place: Plac
         name (str): of the function
         args (tuple): of the call
         kwargs (dict): of the call
-        inputs (List[Tensor]): input and weight, of more
+        inputs (List[Tensor]): of the call, the weight second
         place (Place): of all channels
 
     Returns:

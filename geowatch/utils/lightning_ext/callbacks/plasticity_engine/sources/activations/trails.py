@@ -133,7 +133,7 @@ class Trails:
             name (str): of the function
             args (tuple): of the call
             kwargs (dict): of the call
-            outputs (List[Tensor]): those of floating point that it returned
+            outputs (List[Tensor]): those of real or complex numbers that it returned, and not of integers
             path (str): of the module that runs
 
         Returns:
@@ -206,7 +206,7 @@ class Trails:
 
     def _pass_on(self, name, args, kwargs, inputs, outputs, source, trail, several):
         """ Anything but a layer. """
-        pending, is_trained, root, place_of_product = trail.pending, trail.is_trained, None, None
+        pending, is_trained, root, place = trail.pending, trail.is_trained, None, None
         if several or name in OPERANDS:
             found = [(x, own) for x, own in ((x, self.get(x)) for x in inputs) if own is not None]
             pending = _NONE.union(*(own.pending for _, own in found)) - self.confirmed
@@ -214,8 +214,7 @@ class Trails:
             root = next(self._order)
             if name in _PRODUCTS:
                 trails = [self.get(x) for x in inputs]
-                i, place_of_product = follow_product(
-                    name, args, inputs, [own and own.place for own in trails], outputs[0])
+                i, place = follow_product(name, args, inputs, [own and own.place for own in trails], outputs[0])
                 source, trail = inputs[i], trails[i]
             else:
                 # The factor of a product that is not broadcast, the features and not the boxes of a pooling, else
@@ -225,14 +224,13 @@ class Trails:
                     pair[1].run.order))
                 if name == 'stack' and len({own.run.layer for _, own in found}) == len(inputs):
                     # Layers on an axis of their own are told apart by it.
-                    place_of_product = (*follow_units(name, args, kwargs, source, trail.place, outputs[0]),
-                                        Part(stacked_axis(args, kwargs, outputs[0]), len(inputs)))
+                    place = (*follow_units(name, args, kwargs, source, trail.place, outputs[0]),
+                             Part(stacked_axis(args, kwargs, outputs[0]), len(inputs)))
         if name == 'detach' and not calls_torch('deepspeed.'):
             pending, is_trained = _NONE, False
             root = root or next(self._order)
         for x in outputs:
-            self.remember(x, self._moved(name, args, kwargs, source, trail, x, pending, is_trained, root,
-                                         place_of_product))
+            self.remember(x, self._moved(name, args, kwargs, source, trail, x, pending, is_trained, root, place))
 
     def _moved(self, name, args, kwargs, source, trail, x, pending, is_trained, root, place):
         """ The trail of what a call has made of a tensor that has one: the same, where nothing has moved. """
