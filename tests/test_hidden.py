@@ -309,6 +309,19 @@ def test_layers_on_an_axis_of_their_own():
     assert list(hidden(Net()).values()) == [(6, 18)]
 
 
+def test_losses_of_two_layers_side_by_side():
+    """ What has no units has none either where it is stacked. """
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.heads = net(), nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+
+        def forward(self, x):
+            return torch.stack([F.relu(1 - head(self.body(x))).mean() for head in self.heads])
+
+    assert list(hidden(Net())) == ['body.1']
+
+
 def test_real_and_imaginary_parts():
     class Net(nn.Module):
         def __init__(self):

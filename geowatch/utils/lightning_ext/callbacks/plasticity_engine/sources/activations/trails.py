@@ -222,7 +222,7 @@ class Trails:
                 source, trail = max(found, key=lambda pair: (
                     pair[0].shape == outputs[0].shape, pair[0].ndim == outputs[0].ndim, bool(pair[1].place),
                     pair[1].run.order))
-                if name == 'stack' and len({own.run.layer for _, own in found}) == len(inputs):
+                if name == 'stack' and trail.place and len({own.run.layer for _, own in found}) == len(inputs):
                     # Layers on an axis of their own are told apart by it.
                     place = (*follow_units(name, args, kwargs, source, trail.place, outputs[0]),
                              Part(stacked_axis(args, kwargs, outputs[0]), len(inputs)))
